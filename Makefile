@@ -1,0 +1,115 @@
+# Every command of the series; `make help` lists them.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+CORPUS ?= sample
+PROFILE ?= $(if $(filter sample,$(CORPUS)),sample,cornell)
+RUN ?= $(basename $(notdir $(CORPUS)))
+DEVICE ?= auto
+PARAMS ?=
+PYTHON ?= python3
+VENV ?= .venv
+
+ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
+# Paths count from where make was called: make -C (which sets w in MAKEFLAGS) has left that folder already.
+HERE := $(if $(findstring w,$(firstword -$(MAKEFLAGS))),$(PWD),$(CURDIR))
+ifneq ($(filter sample cornell,$(CORPUS)),)
+SOURCE := $(CORPUS)
+else
+SOURCE := $(shell cd '$(HERE)' && $(PYTHON) -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' '$(CORPUS)')
+endif
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+INSTALLED :=
+export PYTHONPATH := $(ROOT)
+else
+PY := $(ROOT)$(VENV)/bin/python
+INSTALLED := $(ROOT)$(VENV)/.installed
+endif
+
+# Notebooks run with nothing of the user's own IPython set-up and without the kernel's notes on its transport.
+export IPYTHONDIR := $(ROOT)runs/.ipython
+KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
+export WANDB_SILENT := true
+
+NAMES := 01_data_preparation 02_model 03_training 04_decoding_and_chat 05_hyperparameter_sweep 06_profiling \
+         07_torchscript_and_latency
+FOLDER := $(ROOT)runs/$(RUN)
+DONE := $(NAMES:%=$(FOLDER)/notebooks/%.ipynb)
+HELPERS := $(wildcard $(ROOT)helpers/*.py)
+SETTINGS := corpus=$(SOURCE) profile=$(PROFILE) device=$(DEVICE) params=$(PARAMS)
+STAMP := $(FOLDER)/.settings
+EXECUTE := $(PY) $(ROOT)tools/run_notebook.py
+PARAMETERS := -p run '$(RUN)' -p corpus '$(SOURCE)' -p profile '$(PROFILE)' -p device '$(DEVICE)' $(PARAMS)
+
+.PHONY: help run-all test lint unit check latency lab html outputs FORCE
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@echo
+	@echo "  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=sample|cornell|classic  DEVICE=auto|cpu|cuda"
+	@echo "  PARAMS=\"-p name value\" reaches the notebooks; PYTHON=python3 VENV= uses that interpreter as it is."
+
+run-all: $(DONE) ## notebooks 01 to 07 in order; executed copies and all results in runs/NAME
+	@echo "Done: runs/$(RUN) holds the executed notebooks, the checkpoint, figures and tables."
+
+# Each notebook needs its source, the helpers, the settings and the notebook before it.
+define notebook
+$(FOLDER)/notebooks/$(1).ipynb: $(ROOT)notebooks/$(1).ipynb $(HELPERS) $(wildcard $(ROOT)notebooks/*.yaml) \
+    $(wildcard $(ROOT)notebooks/profiles/*.yaml) $(STAMP) $(2:%=$(FOLDER)/notebooks/%.ipynb) | $(INSTALLED) $(KERNEL)
+	@echo "running $(1) …"
+	@$(EXECUTE) $$< $$@ $(PARAMETERS)
+endef
+previous :=
+$(foreach name,$(NAMES),$(eval $(call notebook,$(name),$(previous)))$(eval previous := $(name)))
+
+# Rewritten only when the settings differ from those of the last run, so that these never find an old run current.
+$(STAMP): FORCE
+	@mkdir -p '$(@D)'
+	@printf '%s\n' "$(SETTINGS)" | cmp -s - '$@' || printf '%s\n' "$(SETTINGS)" > '$@'
+
+$(KERNEL):
+	@mkdir -p '$(@D)'
+	@echo "c.IPKernelApp.log_level = 50" > '$@'
+
+ifneq ($(VENV),)
+$(INSTALLED): $(ROOT)requirements.in $(ROOT)constraints.txt $(ROOT)requirements.txt $(ROOT)pyproject.toml
+	@echo "installing into $(VENV) (once) …"
+	@$(PYTHON) -m venv $(ROOT)$(VENV) || { echo "error: $(PYTHON) -m venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
+	@cd $(ROOT) && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@cd $(ROOT) && $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+endif
+
+test: lint unit run-all check ## lint, unit tests, run-all, committed notebooks against their outputs
+
+lint: | $(INSTALLED)
+	@cd $(ROOT) && $(PY) -m ruff check . && $(PY) -m ruff format --check --quiet .
+
+unit: | $(INSTALLED)
+	@cd $(ROOT) && $(PY) -m pytest
+
+# nbval re-runs the committed notebooks on a copy of the run, and the checkpoint must answer as the README says.
+check: run-all | $(INSTALLED) $(KERNEL)
+	@cd $(ROOT) && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && cp -r '$(FOLDER)' "$$copy/sample" && \
+	    CHATBOT_RUNS="$$copy" $(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
+	    --nbval-cell-timeout 900 -p no:cacheprovider notebooks && \
+	    CHATBOT_RUNS="$$copy" $(PY) -m pytest tests/check_run.py
+
+latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone, on an existing checkpoint: RUN=name DEVICE=cuda
+	@$(EXECUTE) $(ROOT)notebooks/07_torchscript_and_latency.ipynb $(FOLDER)/notebooks/07_torchscript_and_latency.ipynb \
+	    $(PARAMETERS)
+
+lab: | $(INSTALLED) ## JupyterLab at notebook 01
+	@cd $(ROOT)notebooks && env -u IPYTHONDIR $(PY) -m jupyterlab 01_data_preparation.ipynb
+
+html: run-all ## executed notebooks as pages in runs/NAME/html
+	@$(PY) -m nbconvert --log-level WARN --to html --output-dir '$(FOLDER)/html' $(DONE)
+
+outputs: run-all ## the committed notebooks' outputs from a default run
+	@for name in $(NAMES); do cp "$(FOLDER)/notebooks/$$name.ipynb" "$(ROOT)notebooks/$$name.ipynb"; done
+	@cd $(ROOT)notebooks && $(PY) -m nbstripout --keep-output --keep-count --extra-keys "metadata.papermill \
+	    metadata.language_info cell.metadata.papermill cell.metadata.execution" $(NAMES:%=%.ipynb)
+	@cd $(ROOT)notebooks && touch -r '$(STAMP)' $(NAMES:%=%.ipynb)

@@ -1,0 +1,1 @@
+"""What the notebooks import: one small package, each idea in one place."""

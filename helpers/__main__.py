@@ -1,0 +1,109 @@
+"""The series from the command line: python -m helpers train | score | chat."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from helpers.settings import UserError, load_profile, parse_changes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. What the user can put right ends in one sentence, not a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the last checkpoint is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: a normal end for a filter
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    """Prepare the corpus and train; with --resume go on from the folder's checkpoint."""
+    from helpers.batches import prepare
+    from helpers.corpus import read_corpus
+    from helpers.run import Run, choose_device, shown
+    from helpers.tracking import Tracker
+    from helpers.training import fit
+
+    run = Run(options.run)
+    device = choose_device(options.device)
+    settings = load_profile(options.profile).change(**parse_changes(options.set))
+    if run.checkpoint.exists() and not options.resume:
+        raise UserError(f"{shown(run.checkpoint)} exists. Add --resume to go on from it, or choose another --run.")
+    prepared = prepare(read_corpus(options.corpus), settings)
+    prepared.save(run.data)
+    with Tracker(options.wandb, run.wandb, settings.to_dict()) as tracker:
+        fit(run, prepared, settings, device, tracker, resume=options.resume)
+    progress = json.loads(run.manifest.read_text())["progress"]
+    print(f"best validation loss {progress['best_loss']:.4f} at update {progress['best_update']}: {shown(run.folder)}")
+
+
+def score(options: argparse.Namespace) -> None:
+    """Print the likelihood of tab-separated query/response pairs as one line of JSON."""
+    from helpers import training
+    from helpers.checkpoint import load_model
+    from helpers.run import Run, choose_device
+
+    texts = []
+    try:
+        lines = Path(options.pairs).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{options.pairs} cannot be read ({error}). Give a UTF-8 file of query, tab, response."
+        ) from None
+    for number, line in enumerate(lines, 1):
+        fields = line.split("\t")
+        if len(fields) != 2:
+            raise UserError(f"{options.pairs}, line {number}: {len(fields)} fields; expected query, tab, response.")
+        texts.append((fields[0], fields[1]))
+    if not texts:
+        raise UserError(f"{options.pairs} holds no pair. Give a file of lines of query, tab, response.")
+    model, vocabulary, _ = load_model(Run(options.run).checkpoint, choose_device(options.device))
+    print(json.dumps(training.score(model, vocabulary, texts)))
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Answer each line of the input."""
+    from helpers.chat import Chatbot, terminal
+    from helpers.run import Run, choose_device
+
+    terminal(Chatbot.load(Run(options.run), choose_device(options.device)), options.decoder, options.seed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(function) -> argparse.ArgumentParser:
+        added = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        added.set_defaults(command=function)
+        added.add_argument("--run", required=True, metavar="DIR", help="the run's folder")
+        added.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        return added
+
+    training = command(train)
+    training.add_argument("--corpus", default="sample", help="sample, cornell, or a zip, folder or jsonl")
+    training.add_argument("--profile", default="sample", help="sample, cornell, classic, or a YAML file")
+    training.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
+    training.add_argument("--wandb", default="off", help="off, offline or online")
+    training.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    command(score).add_argument("pairs", metavar="PAIRS.tsv", help="lines of query, tab, response")
+    talking = command(chat)
+    talking.add_argument("--decoder", default="greedy", help="greedy, beam or sampling")
+    talking.add_argument("--seed", type=int, default=0, help="of the sampling decoder")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

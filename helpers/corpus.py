@@ -1,0 +1,305 @@
+"""Any edition of the corpus to one list of exchanges: zip, folder, ConvoKit's jsonl, or the embedded sample."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import io
+import json
+import re
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tqdm.auto import tqdm
+
+from helpers import sample
+from helpers.run import ROOT, shown
+from helpers.settings import UserError
+
+DATA = ROOT / "data"
+URL = "https://www.cs.cornell.edu/~cristian/data/cornell_movie_dialogs_corpus.zip"
+SHA256 = "3bde8a571f615201bc2d2453e22878090719638592f774720eddec739de8c900"
+LINES, CONVERSATIONS, UTTERANCES = "movie_lines.txt", "movie_conversations.txt", "utterances.jsonl"
+LARGEST_FILE = 1 << 30  # bytes; a zip member that claims or turns out to be larger is refused
+
+_SEPARATOR = " +++$+++ "
+_ID_LIST = re.compile(r"\['[^',\s]+'(?:, '[^',\s]+')*\]")
+_ID = re.compile(r"'([^',\s]+)'")
+_NUMBER = re.compile(r"\d+")
+_HIGH_BYTES = re.compile(rb"[\x80-\xff]+")
+_REPLACEMENT = b"\xef\xbf\xbd"  # U+FFFD, which stands in the published files where a conversion once failed
+
+
+class CorpusError(UserError):
+    """The corpus cannot be read: the message names the file, the line and what was expected there."""
+
+
+class Exchange(NamedTuple):
+    """A line of dialogue and the line that answers it, as published."""
+
+    query: str
+    response: str
+    conversation: str  # id of the conversation's first line
+    movie: str  # the conversation's id where the source names no movie
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """All exchanges of a source, in the order of their line numbers, and what was passed over."""
+
+    name: str
+    exchanges: list[Exchange]
+    lines: int
+    conversations: int
+    silent: int  # exchanges left out because one of their lines has no text at all
+    digest: str  # SHA-256 of the files that were read
+
+
+def read_corpus(source: str | Path) -> Corpus:
+    """Read `sample`, `cornell`, or the path of a zip, a folder or an `utterances.jsonl`.
+
+    `cornell` downloads the official zip into `data/` once. Raises CorpusError for whatever cannot be read.
+    """
+    if source == "sample":
+        return _read_path(sample.write_corpus(DATA / "sample"), "sample")
+    if source == "cornell":
+        return _read_path(download(URL, DATA / URL.rsplit("/", 1)[1], SHA256), "cornell")
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise CorpusError(
+            f"There is no corpus at {path}. Give 'sample', 'cornell', or the path of a zip, a folder with {LINES} and "
+            f"{CONVERSATIONS}, or ConvoKit's {UTTERANCES}."
+        )
+    return _read_path(path, path.stem)
+
+
+def download(url: str, path: Path, sha256: str) -> Path:
+    """Fetch a file once, with a progress bar, going on where an earlier attempt broke off.
+
+    The file takes its name only when its SHA-256 is right. Raises CorpusError if there is no network, if the server
+    sends something else, or if the checksum is wrong (the partial file is then removed).
+    """
+    if path.is_file():
+        if _sha256(path) != sha256:
+            raise CorpusError(f"{shown(path)} has the wrong SHA-256, not {sha256}. Delete it and run again.")
+        return path
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    by_hand = f"Fetch it by other means and put it at {shown(path)}, or give a local file as the corpus."
+    try:
+        _fetch(url, part)
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise CorpusError(f"{url} could not be downloaded ({reason}). {by_hand}") from None
+    found = _sha256(part)
+    if found != sha256:
+        with open(part, "rb") as file:
+            looks = "a web page" if file.read(512).lstrip()[:1] == b"<" else f"{part.stat().st_size:,} bytes"
+        part.unlink()
+        raise CorpusError(f"{url} sent {looks} with SHA-256 {found}, not {sha256}; it was deleted. {by_hand}")
+    part.replace(path)
+    return path
+
+
+def _fetch(url: str, part: Path) -> None:
+    have = part.stat().st_size if part.is_file() else 0
+    headers = {"User-Agent": "chatbot-notebooks"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is left to send; the checksum decides whether that is well
+            raise
+        return
+    with answer, open(part, "ab" if answer.status == 206 else "wb") as file:
+        start = file.tell()
+        length = answer.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar:
+            while block := answer.read(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+        if total is not None and file.tell() < total:
+            raise http.client.IncompleteRead(b"", total - file.tell())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_path(path: Path, name: str) -> Corpus:
+    """Find the corpus files in a folder, a zip or a jsonl file, and read them where they are."""
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if file.name in (LINES, CONVERSATIONS, UTTERANCES)]
+            files = {file.name: stack.enter_context(open(file, "rb")) for file in reversed(found)}
+            names = [file.name for file in found]
+        elif path.suffix == ".jsonl":
+            files, names = {UTTERANCES: stack.enter_context(open(path, "rb"))}, [UTTERANCES]
+        else:
+            try:
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                found = [m for m in archive.infolist() if Path(m.filename).name in (LINES, CONVERSATIONS, UTTERANCES)]
+                found = [m for m in found if not m.filename.startswith("__MACOSX")]  # the official zip carries such
+                for member in found:
+                    if member.file_size > LARGEST_FILE:
+                        raise CorpusError(f"{path}: {member.filename} claims {member.file_size:,} bytes; refused.")
+                files = {Path(m.filename).name: stack.enter_context(archive.open(m)) for m in found}
+                names = [Path(m.filename).name for m in found]
+            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+                with open(path, "rb") as file:
+                    page = file.read(512).lstrip()[:1] == b"<"
+                why = "it looks like a web page" if page else str(error)
+                raise CorpusError(f"{path} is not a zip file that can be read ({why}). Fetch it again.") from None
+        if len(set(names)) != len(names):
+            raise CorpusError(f"{path} holds several corpora: more than one file is called {sorted(names)[0]}.")
+        hashed = hashlib.sha256()
+        try:
+            if LINES in files and CONVERSATIONS in files:
+                texts, conversations = _read_cornell(files, hashed)
+            elif UTTERANCES in files:
+                texts, conversations = _read_convokit(_lines(files[UTTERANCES], UTTERANCES, hashed))
+            else:
+                wanted = f"{LINES} and {CONVERSATIONS}, or {UTTERANCES}"
+                raise CorpusError(f"{path} does not hold {wanted}; it holds {', '.join(names) or 'none of them'}.")
+        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+            raise CorpusError(f"{path} is damaged ({error}). Fetch it again.") from None
+    return _exchanges(name, texts, conversations, hashed.hexdigest())
+
+
+class _Conversation(NamedTuple):
+    movie: str
+    first: str  # line id
+    pairs: list[tuple[str, str]]  # line ids of what is said and what is answered
+
+
+def _read_cornell(files: dict[str, BinaryIO], hashed) -> tuple[dict[str, str], list[_Conversation]]:
+    """Texts by line id, and the conversations."""
+    texts: dict[str, str] = {}
+    for number, line in _lines(files[LINES], LINES, hashed):
+        fields = line.split(_SEPARATOR, 4)
+        if len(fields) != 5 and line.endswith(_SEPARATOR.rstrip()):  # no text, and an editor cut the last blank
+            fields = (line + " ").split(_SEPARATOR, 4)
+        if len(fields) != 5:
+            raise CorpusError(
+                f"{LINES}, line {number}: {len(fields)} fields instead of 5 (line id, speaker id, movie id, name, "
+                f"text, parted by '{_SEPARATOR}'). Mend or remove the line."
+            )
+        if fields[0] in texts:
+            raise CorpusError(f"{LINES}, line {number}: the line id {fields[0]} stands there a second time.")
+        texts[fields[0]] = fields[4]
+    conversations = []
+    for number, line in _lines(files[CONVERSATIONS], CONVERSATIONS, hashed):
+        fields = line.split(_SEPARATOR)
+        if len(fields) != 4 or not _ID_LIST.fullmatch(fields[3].strip()):
+            raise CorpusError(
+                f"{CONVERSATIONS}, line {number}: expected two speaker ids, a movie id and a list like ['L1', 'L2'], "
+                f"parted by '{_SEPARATOR}'. Mend or remove the line."
+            )
+        ids = _ID.findall(fields[3])
+        for line_id in ids:
+            if line_id not in texts:
+                raise CorpusError(
+                    f"{CONVERSATIONS}, line {number}: line id {line_id} is not in {LINES}; are they of one corpus?"
+                )
+        conversations.append(_Conversation(fields[2], ids[0], list(pairwise(ids))))
+    return texts, conversations
+
+
+def _read_convokit(lines: Iterable[tuple[int, str]]) -> tuple[dict[str, str], list[_Conversation]]:
+    """The same from ConvoKit's utterances: `reply-to` names the line that is answered."""
+    texts: dict[str, str] = {}
+    conversations: dict[str, _Conversation] = {}
+    answers: list[tuple[int, str, str]] = []
+    for number, line in lines:
+        try:
+            utterance = json.loads(line)
+            line_id, text = utterance["id"], utterance["text"] or ""
+            conversation = utterance.get("conversation_id") or utterance["root"]
+            reply_to = utterance.get("reply-to", utterance.get("reply_to"))
+            movie = (utterance.get("meta") or {}).get("movie_id") or conversation
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorpusError(
+                f"{UTTERANCES}, line {number}: expected a JSON object with id, conversation_id, text and reply-to "
+                f"({type(error).__name__}: {error})."
+            ) from None
+        if not all(isinstance(value, str) for value in (line_id, text, conversation, movie, reply_to or "")):
+            raise CorpusError(f"{UTTERANCES}, line {number}: id, conversation_id, text and reply-to must be strings.")
+        if line_id in texts:
+            raise CorpusError(f"{UTTERANCES}, line {number}: the id {line_id} stands there a second time.")
+        texts[line_id] = text
+        pairs = conversations.setdefault(conversation, _Conversation(movie, conversation, [])).pairs
+        if reply_to:
+            pairs.append((reply_to, line_id))
+            answers.append((number, line_id, reply_to))
+    for number, line_id, reply_to in answers:
+        if reply_to not in texts:
+            raise CorpusError(f"{UTTERANCES}, line {number}: {line_id} answers {reply_to}, which is not there.")
+    return texts, list(conversations.values())
+
+
+def _exchanges(name: str, texts: dict[str, str], conversations: list[_Conversation], digest: str) -> Corpus:
+    """Neighbouring lines paired, in the order of their numbers, whichever edition they come from."""
+    keyed, silent = [], 0
+    for movie, first, pairs in conversations:
+        for before, after in pairs:
+            query, response = texts[before].strip(), texts[after].strip()
+            if query and response:
+                keyed.append((_order(first), _order(after), Exchange(query, response, first, movie)))
+            else:
+                silent += 1
+    keyed.sort(key=lambda item: item[:2])
+    if not keyed:
+        raise CorpusError(f"The corpus {name} holds no exchange: no conversation has two lines with text.")
+    return Corpus(name, [item[2] for item in keyed], len(texts), len(conversations), silent, digest)
+
+
+def _order(line_id: str) -> tuple[int, str]:
+    number = _NUMBER.search(line_id)
+    return (int(number[0]) if number and len(number[0]) < 19 else -1, line_id)
+
+
+def _lines(file: BinaryIO, name: str, hashed) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a file in ISO-8859-1 (the Cornell files) or UTF-8 (jsonl), hashed on the way."""
+    size = 0
+    for number, line in enumerate(io.BufferedReader(file, 1 << 20), 1):
+        hashed.update(line)
+        size += len(line)
+        if size > LARGEST_FILE:
+            raise CorpusError(f"{name} is larger than {LARGEST_FILE:,} bytes; refused.")
+        if number == 1 and line.lstrip()[:1] == b"<":
+            raise CorpusError(f"{name} looks like a web page, not like a file of the corpus. Fetch it again.")
+        if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+            raise CorpusError(f"{name}, line 1: starts with a byte-order mark; the file is not in its own encoding.")
+        if b"\0" in line:
+            raise CorpusError(f"{name}, line {number}: holds a NUL byte; the file is damaged or in another encoding.")
+        try:
+            text = line.decode("utf-8" if name == UTTERANCES else "ascii")
+        except UnicodeDecodeError:
+            text = _decode_latin(line, name, number)
+        if text := text.rstrip("\r\n"):
+            yield number, text
+
+
+def _decode_latin(line: bytes, name: str, number: int) -> str:
+    if name == UTTERANCES:
+        raise CorpusError(f"{name}, line {number}: is not UTF-8. Fetch the file again.")
+    line = line.replace(_REPLACEMENT, b" ")
+    high = b" ".join(_HIGH_BYTES.findall(line))
+    try:
+        if high:
+            high.decode("utf-8")
+            raise CorpusError(
+                f"{name}, line {number}: is UTF-8, but the Cornell files are ISO-8859-1. Convert it back: "
+                f"iconv -f utf-8 -t iso-8859-1//TRANSLIT {name}"
+            )
+    except UnicodeDecodeError:
+        pass
+    return line.decode("iso-8859-1")

@@ -1,0 +1,166 @@
+"""From logits to words: greedy search, beam search and sampling. PAD, SOS and UNK are never spoken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from helpers.model import Memory, Seq2Seq, State
+from helpers.settings import UserError
+from helpers.text import EOS, PAD, SOS, UNK
+
+
+class GreedySearch(nn.Module):
+    """The likeliest word at every step. The whole search, loop and early stop included, can be scripted."""
+
+    def __init__(self, model: Seq2Seq) -> None:
+        super().__init__()
+        self.model = model
+        self.sos, self.eos, self.pad = SOS, EOS, PAD  # TorchScript reads attributes, not globals
+        self.register_buffer("never", never_spoken(model.output.out_features), persistent=False)
+
+    def forward(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
+        """query (batch, query time), lengths (batch,) on the CPU.
+
+        Returns ids (batch, at most max_words), EOS and then PAD after a reply's end.
+        """
+        memory, state = self.model.encode(query, lengths)
+        words = torch.full_like(query[:, 0], self.sos)
+        ended = torch.zeros_like(words, dtype=torch.bool)
+        said = []
+        for _ in range(max_words):
+            logits, state = self.model.step(words, state, memory)
+            words = (logits + self.never).argmax(1).masked_fill(ended, self.pad)
+            said.append(words)
+            ended = ended | (words == self.eos)
+            if bool(ended.all()):
+                break
+        return torch.stack(said, 1)
+
+
+def never_spoken(words: int) -> Tensor:
+    """(vocabulary,): -inf at PAD, SOS and UNK, to be added to logits."""
+    penalty = torch.zeros(words)
+    penalty[[PAD, SOS, UNK]] = float("-inf")
+    return penalty
+
+
+@torch.no_grad()
+def greedy(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
+    """Ids (batch, at most max_words) of the greedy replies."""
+    return GreedySearch(model).to(query.device)(query, lengths, max_words)
+
+
+@torch.no_grad()
+def beam_search(
+    model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, beam: int = 5, length_penalty: float = 1.0
+) -> Tensor:
+    """Ids (batch, at most max_words) of the replies with the best log-probability / words ** length_penalty.
+
+    `beam` partial replies a query are kept. A reply that ends joins the finished ones, of which the best is
+    returned; a query's search is over when `beam` have finished. One beam is greedy search.
+    Raises UserError if beam is not at least 1.
+    """
+    if beam < 1:
+        raise UserError(f"A beam search keeps at least 1 partial reply, not {beam}.")
+    batch, vocabulary = len(query), model.output.out_features
+    beam = min(beam, vocabulary - 3)
+    memory, state = model.encode(query, lengths)
+    rows = torch.arange(batch, device=query.device).repeat_interleave(beam)
+    memory = Memory(*(part[rows] for part in memory))
+    state = State(state.hidden[:, rows], state.attentional[rows])
+    never = never_spoken(vocabulary).to(query.device)
+    first = torch.arange(batch, device=query.device).unsqueeze(1) * beam  # of each query's rows
+    words = torch.full_like(rows, SOS)
+    said = torch.empty(batch * beam, 0, dtype=torch.long, device=query.device)
+    # At first all beams of a query are the same, so only one of them counts.
+    total = torch.full((batch, beam), float("-inf"), device=query.device)
+    total[:, 0] = 0.0
+    best = torch.full((batch,), float("-inf"), device=query.device)
+    replies = torch.full((batch, max_words), PAD, device=query.device)
+    finished = torch.zeros(batch, dtype=torch.long, device=query.device)
+    for length in range(1, max_words + 1):
+        logits, state = model.step(words, state, memory)
+        log_probability = torch.log_softmax(logits.float() + never, 1).view(batch, beam, vocabulary)
+        candidates = (total.unsqueeze(2) + log_probability).view(batch, -1)
+        # Twice the beam: even if all of the best end, enough go on.
+        scores, where = candidates.topk(min(2 * beam, candidates.size(1)), dim=1)
+        origin, word = first + where // vocabulary, where % vocabulary
+        last = length == max_words
+        ends = (word == EOS) & (torch.arange(scores.size(1), device=query.device) < beam) | last
+        ends = ends & (finished < beam).unsqueeze(1) & scores.isfinite()
+        quality = (scores / length**length_penalty).masked_fill(~ends, float("-inf"))
+        top, which = quality.max(1)
+        better = top > best
+        best = torch.where(better, top, best)
+        chosen = which.unsqueeze(1)
+        sequence = torch.cat([said[origin.gather(1, chosen)[:, 0]], word.gather(1, chosen)], 1)
+        replies[better, :length] = sequence[better]
+        replies[better, length:] = PAD
+        finished += ends.sum(1)
+        if last or bool((finished >= beam).all()):
+            break
+        total, keep = scores.masked_fill(word == EOS, float("-inf")).topk(beam, dim=1)
+        rows, words = origin.gather(1, keep).flatten(), word.gather(1, keep).flatten()
+        said = torch.cat([said[rows], words.unsqueeze(1)], 1)
+        state = State(state.hidden[:, rows], state.attentional[rows])
+    return replies
+
+
+@torch.no_grad()
+def sample(
+    model: Seq2Seq,
+    query: Tensor,
+    lengths: Tensor,
+    max_words: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """Ids (batch, at most max_words), each word drawn from softmax(logits / temperature).
+
+    `top_k` keeps the k likeliest words (0: all), `top_p` the fewest likeliest whose probability reaches p (nucleus
+    sampling, arXiv:1904.09751). A temperature of 0 is greedy search. Raises UserError for values out of range.
+    """
+    if temperature < 0:
+        raise UserError(f"A temperature must not be negative; got {temperature}.")
+    if top_k < 0:
+        raise UserError(f"top_k must be 0 (all words) or more; got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1; got {top_p}.")
+    if temperature == 0:
+        return greedy(model, query, lengths, max_words)
+    memory, state = model.encode(query, lengths)
+    never = never_spoken(model.output.out_features).to(query.device)
+    generator = torch.Generator(query.device).manual_seed(seed)
+    words = torch.full_like(query[:, 0], SOS)
+    ended = torch.zeros_like(words, dtype=torch.bool)
+    said = []
+    for _ in range(max_words):
+        logits, state = model.step(words, state, memory)
+        probability = filtered(torch.softmax((logits.float() + never) / temperature, 1), top_k, top_p)
+        words = torch.multinomial(probability, 1, generator=generator)[:, 0].masked_fill(ended, PAD)
+        said.append(words)
+        ended = ended | (words == EOS)
+        if bool(ended.all()):
+            break
+    return torch.stack(said, 1)
+
+
+def filtered(probability: Tensor, top_k: int, top_p: float) -> Tensor:
+    """probability (batch, vocabulary) with the words outside top-k and the nucleus set to 0; rows not rescaled."""
+    ranked, order = probability.sort(dim=1, descending=True)
+    if top_k:
+        ranked[:, top_k:] = 0
+    # A word stays if those before it do not reach top_p yet: the likeliest always does.
+    ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0)
+    return torch.zeros_like(probability).scatter(1, order, ranked)
+
+
+@torch.no_grad()
+def attention_weights(model: Seq2Seq, query: Tensor, lengths: Tensor, reply: Tensor) -> Tensor:
+    """Weights (batch, reply time, query time) with which each word of the given replies was chosen."""
+    memory, state = model.encode(query, lengths)
+    inputs = torch.cat([torch.full_like(reply[:, :1], SOS), reply[:, :-1]], 1)
+    return model.decode(inputs, state, memory)[1]

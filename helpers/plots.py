@@ -1,0 +1,195 @@
+"""Every figure of the series, from plain data; each function returns the Axes or Figure that it drew on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, GREY = "#3465a4", "#e07b00", "#4e9a06", "#a40000", "#888a85"
+COLOURS = (BLUE, ORANGE, GREEN, RED, GREY)
+
+
+def style() -> None:
+    """One look for all figures: call once, in a notebook's first cell."""
+    matplotlib.rcParams.update({
+        "figure.figsize": (7, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "legend.frameon": False,
+    })  # fmt: skip
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Keep a figure in the run's folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def lengths(queries: Sequence[int], responses: Sequence[int], limit: int) -> Figure:
+    """Histograms of words a query and a response, with the limit that the settings put on both."""
+    figure, axes = plt.subplots()
+    top = int(np.percentile([*queries, *responses], 99)) + 1
+    bins = np.arange(0, top + 2) - 0.5
+    axes.hist([np.minimum(queries, top), np.minimum(responses, top)], bins=bins, label=["queries", "responses"])
+    axes.axvline(limit + 0.5, color=RED, linestyle="--", label=f"longest response kept: {limit}")
+    axes.set(xlabel=f"words ({top} and more in the last bar)", ylabel="exchanges")
+    axes.legend()
+    return figure
+
+
+def zipf(counts: Counter[str], min_count: int) -> Figure:
+    """Word frequencies by rank on logarithmic axes, beside Zipf's law."""
+    frequencies = np.array(sorted(counts.values(), reverse=True))
+    ranks = np.arange(1, len(frequencies) + 1)
+    figure, axes = plt.subplots()
+    axes.loglog(ranks, frequencies, ".", markersize=3, label="words")
+    axes.loglog(ranks, frequencies[0] / ranks, color=GREY, linestyle="--", label="Zipf: count ∝ 1 / rank")
+    axes.axhline(min_count, color=RED, linestyle=":", label=f"min_count = {min_count}")
+    axes.set(xlabel="rank", ylabel="occurrences", ylim=(0.7, None))
+    axes.legend()
+    return figure
+
+
+def bars(values: dict[str, float], xlabel: str, fmt: str = "{:,.0f}") -> Figure:
+    """Named values as horizontal bars with the numbers beside them."""
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(values)))
+    names = list(values)
+    drawn = axes.barh(names, list(values.values()), color=BLUE)
+    axes.bar_label(drawn, [fmt.format(value) for value in values.values()], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(xlabel)
+    return figure
+
+
+def coverage(counts: Counter[str], min_count: int) -> Figure:
+    """The share of running words that a vocabulary of the n commonest words knows."""
+    frequencies = np.array(sorted(counts.values(), reverse=True))
+    share = frequencies.cumsum() / frequencies.sum()
+    kept = int((frequencies >= min_count).sum())
+    figure, axes = plt.subplots()
+    axes.semilogx(np.arange(1, len(share) + 1), share)
+    axes.axvline(kept, color=RED, linestyle=":", label=f"kept: {kept:,} words, {share[kept - 1]:.1%} of all text")
+    axes.set(xlabel="words in the vocabulary", ylabel="share of running words", ylim=(0, 1.02))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def training_curves(rows: Sequence[dict], window: int = 25) -> Figure:
+    """Training loss (smoothed), validation loss, and below them gradient norm and learning rate."""
+    steps = [row for row in rows if "loss" in row]
+    checks = [row for row in rows if "validation_loss" in row]
+    update = [row["update"] for row in steps]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(2, 1))
+    top.plot(update, _smooth([row["loss"] for row in steps], window), label="training, with dropout (smoothed)")
+    top.plot(
+        [r["update"] for r in checks], [r["validation_loss"] for r in checks], "o-", markersize=3, label="validation"
+    )
+    best = min(checks, key=lambda row: row["validation_loss"])
+    top.plot(
+        best["update"], best["validation_loss"], "*", color=RED, markersize=12, label=f"best, update {best['update']}"
+    )
+    top.set(ylabel="nats a token", ylim=(0, None))
+    top.legend()
+    bottom.plot(update, _smooth([row["gradient_norm"] for row in steps], window), label="gradient norm (smoothed)")
+    bottom.set(xlabel="update", ylabel="gradient norm", yscale="log")
+    right = bottom.twinx()
+    right.plot(update, [row["learning_rate"] for row in steps], color=GREY, linestyle="--")
+    right.set_ylabel("learning rate (dashed)")
+    right.grid(visible=False)
+    return figure
+
+
+def losses(curves: dict[str, Sequence[float]], window: int = 1, ylabel: str = "nats a token") -> Figure:
+    """Several losses by update on one pair of axes."""
+    figure, axes = plt.subplots()
+    for name, values in curves.items():
+        axes.plot(np.arange(1, len(values) + 1), _smooth(values, window), label=name)
+    axes.set(xlabel="update", ylabel=ylabel, ylim=(0, None))
+    axes.legend()
+    return figure
+
+
+def attention(query: list[str], reply: list[str], weights: np.ndarray, axes: Axes | None = None) -> Axes:
+    """A heat-map: which word of the query (column) each word of the reply (row) looked at."""
+    if axes is None:
+        _, axes = plt.subplots(figsize=(0.9 + 0.45 * len(query), 1.2 + 0.32 * len(reply)))
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(query)), query, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(reply)), reply)
+    axes.grid(visible=False)
+    axes.set(xlabel="query", ylabel="reply")
+    axes.figure.colorbar(image, ax=axes, label="attention weight")
+    return axes
+
+
+def parallel_coordinates(table: pd.DataFrame, parameters: list[str], loss: str = "validation loss") -> Figure:
+    """Each trial a line through its settings to its loss; the better the darker."""
+    figure, axes = plt.subplots(figsize=(8, 4))
+    columns = [*parameters, loss]
+    positions = np.empty((len(table), len(columns)))
+    for place, column in enumerate(columns):
+        values = table[column]
+        if column == loss:
+            low, high = values.min(), values.max()
+            positions[:, place] = (values - low) / ((high - low) or 1)
+            ticks = [(0.0, f"{low:.2f}"), (1.0, f"{high:.2f}")]
+        else:
+            levels = sorted(values.unique())
+            where = {level: i / max(len(levels) - 1, 1) for i, level in enumerate(levels)}
+            positions[:, place] = [where[value] for value in values]
+            ticks = [(where[level], str(level)) for level in levels]
+        for height, text in ticks:
+            axes.annotate(text, (place, height), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+    shade = plt.get_cmap("viridis")
+    for row in positions[::-1]:
+        axes.plot(range(len(columns)), row, color=shade(row[-1] * 0.9), linewidth=1.5, alpha=0.8)
+    for place in range(len(columns)):
+        axes.axvline(place, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(columns)), [column.replace("_", "\n") for column in columns])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.set_xlim(-0.1, len(columns) - 0.6)
+    return figure
+
+
+def best_so_far(values: Sequence[float]) -> Figure:
+    """The loss of each trial in the order they ran, and the best until then."""
+    figure, axes = plt.subplots()
+    numbers = np.arange(len(values))
+    axes.plot(numbers, values, "o", color=GREY, label="trial")
+    axes.step(numbers, np.minimum.accumulate(values), where="post", label="best so far")
+    axes.set(xlabel="trial", ylabel="validation loss")
+    axes.legend()
+    return figure
+
+
+def latency(table: pd.DataFrame) -> Figure:
+    """Median milliseconds a call by batch size, one bar a variant, with the 95th percentile as a whisker."""
+    sizes, variants = list(dict.fromkeys(table["batch"])), list(dict.fromkeys(table["variant"]))
+    figure, axes = plt.subplots()
+    width = 0.8 / len(variants)
+    for number, variant in enumerate(variants):
+        rows = table[table["variant"] == variant].set_index("batch").loc[sizes]
+        places = np.arange(len(sizes)) + (number - (len(variants) - 1) / 2) * width
+        whisker = [np.zeros(len(sizes)), rows["p95 ms"] - rows["p50 ms"]]
+        drawn = axes.bar(places, rows["p50 ms"], width, yerr=whisker, capsize=3, label=variant)
+        axes.bar_label(drawn, [f"{value:.1f}" for value in rows["p50 ms"]], padding=2, fontsize=8)
+    axes.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
+    axes.set_ylabel("milliseconds a call (p50, whisker p95)")
+    axes.grid(axis="x", visible=False)
+    axes.legend()
+    return figure
+
+
+def _smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """The mean of the last `window` values."""
+    return pd.Series(values, dtype=float).rolling(window, min_periods=1).mean().to_numpy()

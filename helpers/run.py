@@ -1,0 +1,162 @@
+"""A run's folder: where its files lie, its manifest, and writing that is never half done."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from helpers.settings import Settings, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a trained checkpoint depends on besides its settings and data: these sources.
+TRAINING_CODE = ("text", "batches", "model", "training")
+
+
+class Run:
+    """The folder of one run, `runs/NAME` or any path. Files are named here and nowhere else."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.data = self.folder / "data.pt"
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.manifest = self.folder / "manifest.json"
+        self.figures = self.folder / "figures"
+        self.latency = self.folder / "latency.csv"
+        self.scripted = self.folder / "scripted.pt"
+        self.wandb = self.folder
+        self.sweep = self.folder / "sweep"
+
+    @classmethod
+    def named(cls, name: str) -> Run:
+        """The run `runs/NAME`; the variable CHATBOT_RUNS puts `runs` elsewhere."""
+        if not name or name != Path(name).name or name.startswith("."):
+            raise UserError(f"A run's name must be one plain word, for example 'sample', not {name!r}.")
+        return cls(Path(os.environ.get("CHATBOT_RUNS") or ROOT / "runs") / name)
+
+    def require(self, path: Path, made_by: str) -> Path:
+        """`path` if the file is there. Raises UserError that names the notebook or command that makes it."""
+        if not path.is_file():
+            raise UserError(f"{shown(path)} is missing: {made_by} makes it. Run that first, with the same run name.")
+        return path
+
+    def record(self, **facts) -> None:
+        """Add facts to the manifest, next to the versions and the machine's description."""
+        manifest = json.loads(self.manifest.read_text()) if self.manifest.is_file() else {}
+        manifest.update(machine(), **facts)
+        write_text(self.manifest, json.dumps(manifest, indent=2) + "\n")
+
+
+def shown(path: str | Path) -> str:
+    """A path as a reader should see it: counted from the project's folder where it lies inside."""
+    path = Path(path).absolute()
+    runs = os.environ.get("CHATBOT_RUNS")
+    if runs and path.is_relative_to(Path(runs).absolute()):
+        return str("runs" / path.relative_to(Path(runs).absolute()))
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def machine() -> dict:
+    """Versions, processor and threads: what a figure of this run was obtained with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (CUDA where there is one), `cpu` or `cuda`. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"Device {name!r} is not known; use auto, cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"Device {name!r} is not supported; use auto, cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"Device {name!r} was asked for, but PyTorch {torch.__version__} sees no such CUDA device here."
+        )
+    return device
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """A file that takes its place, whole and on disk, only when the block has ended well.
+
+    Raises UserError if it cannot be written (disk full, read-only folder); the old file then stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be written: {error.strerror or error}. Nothing was changed.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file in one piece."""
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def digest(*parts: bytes | str) -> str:
+    """A short SHA-256 of the parts, to tell whether two inputs are the same."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part.encode() if isinstance(part, str) else part)
+        whole.update(b"\0")
+    return whole.hexdigest()[:16]
+
+
+def training_digest(settings: Settings, data_digest: str) -> str:
+    """Tells whether a checkpoint was trained from these settings, this data and this code."""
+    folder = Path(__file__).parent
+    sources = [(folder / f"{name}.py").read_bytes() for name in TRAINING_CODE]
+    return digest(json.dumps(settings.to_dict(), sort_keys=True), data_digest, *sources)
+
+
+def start_notebook() -> None:
+    """For a notebook's first cell: print the versions, and let a UserError end in its sentence, not in a traceback."""
+    print(f"Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+    from IPython import get_ipython
+
+    def sentence(shell, kind, error, traceback, tb_offset=None) -> list[str]:
+        return [f"{kind.__name__}: {error}"]
+
+    get_ipython().set_custom_exc((UserError,), sentence)
+
+
+def show(thing) -> None:
+    """Print the source of a class or function, so that a notebook explains the very code that it runs."""
+    sys.stdout.write(inspect.getsource(thing))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

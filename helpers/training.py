@@ -1,0 +1,303 @@
+"""Training and evaluation: exact losses, one optimiser, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from helpers import checkpoint
+from helpers.batches import Batch, BucketedSampler, Pairs, Prepared
+from helpers.decoding import greedy
+from helpers.metrics import Likelihood
+from helpers.model import Seq2Seq, parameter_count
+from helpers.run import Run, shown, training_digest, write_text
+from helpers.settings import Settings, UserError
+from helpers.text import UNK, Vocabulary, tokenise
+from helpers.tracking import Tracker
+
+EVALUATION_BATCH = 256
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a training has come; part of the checkpoint."""
+
+    update: int = 0
+    best_loss: float = math.inf
+    best_update: int = 0
+    stale: int = 0  # validations since the best
+    stopped: bool = False
+
+
+def new_model(settings: Settings, words: int) -> Seq2Seq:
+    """A model with weights drawn by the settings' seed, whatever was drawn before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return Seq2Seq(settings, words)
+
+
+def new_optimizer(model: Seq2Seq, settings: Settings) -> torch.optim.Optimizer:
+    """One optimiser; the decoder's own parameters learn `decoder_learning_ratio` times as fast.
+
+    A parameter belongs to one group only: the embedding, which both sides use, to the first.
+    """
+    slow = [*model.embedding.parameters(), *model.encoder.parameters()]
+    known = {id(parameter) for parameter in slow}
+    fast = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    groups = [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": settings.decoder_learning_ratio}]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    kind = kinds[settings.optimizer]
+    return kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+
+
+def learning_rate(settings: Settings, update: int) -> float:
+    """The rate of an update, counted from 0: linear warm-up, then constant or half a cosine down to 0."""
+    rate = settings.learning_rate
+    if update < settings.warmup_updates:
+        return rate * (update + 1) / settings.warmup_updates
+    if settings.schedule == "cosine":
+        share = (update - settings.warmup_updates) / max(settings.updates - settings.warmup_updates, 1)
+        return rate * 0.5 * (1 + math.cos(math.pi * share))
+    return rate
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """`fp32` or `bf16`; `auto` times a matrix product in both and takes bf16 where it is clearly faster."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        a @ a
+        timings = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            timings.append(time.perf_counter() - start)
+        seconds[dtype] = min(timings)
+    return "bf16" if seconds[torch.bfloat16] < 0.6 * seconds[torch.float32] else "fp32"
+
+
+def batch_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
+    """The sum of the cross-entropy of every real token, in nats, and their number. The loss is their quotient."""
+    mask = batch.target_mask
+    if teacher_forcing:
+        logits = model.token_logits(batch.query, batch.query_lengths, batch.inputs, mask)
+    else:
+        logits = free_running_logits(model, batch)
+    targets = batch.targets[mask]
+    return functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+
+
+def free_running_logits(model: Seq2Seq, batch: Batch) -> Tensor:
+    """Logits (tokens, vocabulary) when the decoder reads its own likeliest words instead of the response's."""
+    memory, state = model.encode(batch.query, batch.query_lengths)
+    words, steps = batch.inputs[:, 0], []
+    for _ in range(batch.inputs.size(1)):
+        logits, state = model.step(words, state, memory)
+        steps.append(logits)
+        words = logits.argmax(1)
+    return torch.stack(steps, 1)[batch.target_mask]
+
+
+@torch.no_grad()
+def evaluate(model: Seq2Seq, pairs: Pairs) -> Likelihood:
+    """The exact teacher-forced likelihood of all responses, in fp32 and without dropout."""
+    training = model.training
+    model.eval()
+    nll, tokens = 0.0, 0
+    for batch in pairs.in_order(EVALUATION_BATCH):
+        loss, count = batch_loss(model, batch)
+        nll, tokens = nll + loss.double().item(), tokens + count
+    model.train(training)
+    return Likelihood(nll, tokens, len(pairs))
+
+
+def score(model: Seq2Seq, vocabulary: Vocabulary, texts: list[tuple[str, str]]) -> dict[str, float]:
+    """The likelihood of whole responses given their queries, nothing cut and nothing dropped.
+
+    A word that is not in the vocabulary costs -ln P(UNK) + ln(number of training words that UNK stands for): the
+    share of one of them if all are equally likely. Raises UserError for a query without any word.
+    """
+    pairs = [(tokenise(query), tokenise(response)) for query, response in texts]
+    for number, (query, _) in enumerate(pairs, 1):
+        if not query:
+            raise UserError(f"Pair {number}: the query {texts[number - 1][0][:50]!r} has no word in it.")
+    device = model.embedding.weight.device
+    encoded = Pairs.from_words(pairs, vocabulary)
+    unknown = int((encoded.responses == UNK).sum())
+    likelihood = evaluate(model, encoded.to(device))
+    nll = likelihood.nll + unknown * math.log(max(vocabulary.unknown_types, 1))
+    full = Likelihood(nll, likelihood.tokens, likelihood.responses)
+    return {
+        "pairs": full.responses,
+        "tokens": full.tokens,
+        "nll_per_token": full.per_token,
+        "perplexity": full.perplexity,
+        "nll_per_response": full.per_response,
+        "unknown_rate": unknown / full.tokens,
+    }
+
+
+def replies_of(model: Seq2Seq, pairs: Pairs, vocabulary: Vocabulary, max_words: int, search=greedy) -> list[list[str]]:
+    """The words that a decoder answers to each query, in the examples' order."""
+    order = pairs.order()
+    replies: list[list[str]] = [[] for _ in range(len(pairs))]
+    for indices in order.split(EVALUATION_BATCH):
+        batch = pairs.batch(indices)
+        ids = search(model, batch.query, batch.query_lengths, max_words)
+        for index, row in zip(indices.tolist(), ids.tolist(), strict=True):
+            replies[index] = vocabulary.decode(row)
+    return replies
+
+
+def fit(
+    run: Run,
+    prepared: Prepared,
+    settings: Settings,
+    device: torch.device,
+    tracker: Tracker,
+    *,
+    resume: bool = True,
+    progress_bar: bool = True,
+) -> Seq2Seq:
+    """Train to the settings' last update or to early stopping, and return the model with the best validation loss.
+
+    Every `validate_every` updates the validation loss is measured and the checkpoint written. With `resume` a
+    checkpoint of the same settings, data and code is gone on from, and what comes out is what an uninterrupted run
+    would have given; any other checkpoint in the folder is kept as `checkpoint.previous.pt`. Each update's random
+    numbers are a function of (seed, update), so none need saving. Raises UserError when the loss is not finite.
+    """
+    digest = training_digest(settings, prepared.digest)
+    model = new_model(settings, len(prepared.vocabulary)).to(device)
+    optimizer = new_optimizer(model, settings)
+    progress = Progress()
+    state = _resumable(run, digest) if resume else None
+    if state is None:
+        precision = choose_precision(settings.precision, device)
+        best_model = _copy(model)
+        if run.checkpoint.exists():
+            run.checkpoint.replace(run.checkpoint.with_name("checkpoint.previous.pt"))
+        write_text(run.metrics, "")
+    else:
+        precision, best_model = state["precision"], state["best_model"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+        kept = [row for row in read_metrics(run) if row["update"] <= progress.update]
+        write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
+    batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
+    rows: list[dict] = []
+    model.train()
+    with (
+        torch.random.fork_rng(),
+        tqdm(total=settings.updates, initial=progress.update, disable=not progress_bar, unit="update") as bar,
+    ):
+        while progress.update < settings.updates and not progress.stopped:
+            started = time.perf_counter()
+            row = _update(model, optimizer, train.batch(next(batches)), settings, progress.update, precision)
+            progress.update += 1
+            rows.append({"update": progress.update, **row, "seconds": round(time.perf_counter() - started, 4)})
+            bar.update()
+            if progress.update % 20 == 0:
+                tracker.log({"loss": row["loss"], "learning_rate": row["learning_rate"]}, progress.update)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
+            if progress.update % settings.validate_every == 0 or progress.update == settings.updates:
+                loss = evaluate(model, validation).per_token
+                progress.stale += 1
+                if loss < progress.best_loss:
+                    progress.best_loss, progress.best_update, progress.stale = loss, progress.update, 0
+                    best_model = _copy(model)
+                progress.stopped = 0 < settings.patience <= progress.stale
+                rows.append({"update": progress.update, "validation_loss": loss})
+                tracker.log({"validation_loss": loss}, progress.update)
+                with open(run.metrics, "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                rows = []
+                state = {
+                    "settings": settings.to_dict(),
+                    "vocabulary": prepared.vocabulary.to_json(),
+                    "digest": digest,
+                    "precision": precision,
+                    "model": model.state_dict(),
+                    "best_model": best_model,
+                    "optimizer": optimizer.state_dict(),
+                    "progress": dataclasses.asdict(progress),
+                }
+                checkpoint.save(run.checkpoint, state)
+    tracker.summary(best_validation_loss=progress.best_loss, best_update=progress.best_update)
+    run.record(
+        settings=settings.to_dict(),
+        corpus=prepared.corpus,
+        data_digest=prepared.digest,
+        device=str(device),
+        precision=precision,
+        progress=dataclasses.asdict(progress),
+        parameters=parameter_count(model),
+    )
+    model.load_state_dict(best_model)
+    return model.eval()
+
+
+def read_metrics(run: Run) -> list[dict]:
+    """The rows of `metrics.jsonl`: one an update (loss, …) and one a validation (validation_loss)."""
+    if not run.metrics.is_file():
+        raise UserError(f"{shown(run.metrics)} is missing: notebook 03_training makes it. Run that first.")
+    rows = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last line of a run that was killed while writing
+            break
+    return rows
+
+
+def _update(
+    model: Seq2Seq, optimizer: torch.optim.Optimizer, batch: Batch, settings: Settings, update: int, precision: str
+) -> dict[str, float]:
+    """One step of the optimiser; returns loss, gradient norm, learning rate and tokens."""
+    torch.manual_seed(settings.seed * 1_000_003 + update)
+    rate = learning_rate(settings, update)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
+    ratio = settings.teacher_forcing_ratio
+    teacher_forcing = ratio == 1 or random.Random(f"{settings.seed} {update}").random() < ratio
+    with torch.autocast(batch.query.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        total, tokens = batch_loss(model, batch, teacher_forcing)
+    loss = total / tokens
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    # A limit of 0 would zero every gradient, so "no clipping" is an infinite one.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+    loss_value, norm_value = loss.item(), norm.item()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        raise UserError(
+            f"Update {update + 1}: the loss is {loss_value} and the gradient norm {norm_value}. The checkpoint before "
+            "it is kept. Try a lower learning_rate, clip=1, or precision=fp32."
+        )
+    optimizer.step()
+    return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate, "tokens": tokens}
+
+
+def _resumable(run: Run, digest: str) -> dict | None:
+    """The folder's checkpoint if it was trained from the same settings, data and code."""
+    if not run.checkpoint.is_file():
+        return None
+    state = checkpoint.load(run.checkpoint)
+    return state if state["digest"] == digest else None
+
+
+def _copy(model: Seq2Seq) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,52 @@
+"""What several tests need: a small prepared corpus, a model trained for a moment, and the real excerpt where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import sample
+from helpers.batches import Prepared, prepare
+from helpers.corpus import read_corpus
+from helpers.run import Run
+from helpers.settings import Settings
+from helpers.tracking import Tracker
+from helpers.training import fit
+
+CPU = torch.device("cpu")
+EXCERPT = Path(__file__).resolve().parents[2] / "shared" / "corpus" / "cornell_excerpt.zip"
+TINY = Settings(
+    embedding_size=24, hidden_size=24, layers=2, dropout=0.2, updates=12, batch_size=32, validate_every=4,
+    learning_rate=5e-3, precision="fp32", held_out_share=0.15,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory) -> Path:
+    return sample.write_corpus(tmp_path_factory.mktemp("corpus"), exchanges=600)
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus_folder) -> Prepared:
+    return prepare(read_corpus(corpus_folder), TINY)
+
+
+@pytest.fixture(scope="session")
+def trained(prepared, tmp_path_factory) -> Run:
+    run = Run(tmp_path_factory.mktemp("trained"))
+    prepared.save(run.data)
+    fit(run, prepared, TINY, CPU, off(run), progress_bar=False)
+    return run
+
+
+@pytest.fixture(scope="session")
+def excerpt() -> Path:
+    if not EXCERPT.is_file():
+        pytest.skip("the real excerpt of the corpus is not beside this checkout")
+    return EXCERPT
+
+
+def off(run: Run) -> Tracker:
+    return Tracker("off", run.folder, {})

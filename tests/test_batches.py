@@ -1,0 +1,128 @@
+import dataclasses
+
+import pytest
+import torch
+
+from helpers.batches import BucketedSampler, Pairs, Prepared, padding_share, prepare, split
+from helpers.corpus import Corpus, Exchange, read_corpus
+from helpers.settings import Settings, UserError
+from helpers.text import EOS, PAD, SOS, UNK
+from tests.conftest import TINY
+
+
+def corpus_of(*pairs, movies=None):
+    exchanges = [Exchange(q, r, f"L{i}", (movies or {}).get(i, f"m{i}")) for i, (q, r) in enumerate(pairs)]
+    return Corpus("made", exchanges, 2 * len(pairs), len(pairs), 0, "digest")
+
+
+def test_movies_are_kept_apart_and_every_split_gets_its_share(corpus_folder):
+    rows = [(exchange,) for exchange in read_corpus(corpus_folder).exchanges]
+    for seed in range(3):
+        parts = split(rows, 0.15, seed)
+        movies = [{row[0].movie for row in part} for part in parts.values()]
+        assert len(set.union(*movies)) == sum(map(len, movies))
+        assert sum(map(len, parts.values())) == len(rows)
+        assert len(parts["test"]) >= 0.15 * len(rows)
+        assert len(parts["validation"]) >= 0.15 * len(rows)
+
+
+def test_filters_are_counted_and_emptiness_is_seen_after_normalising():
+    pairs = [("Hello there.", "Yes.")] * 30 + [("«»", "Yes."), ("Hi.", "🙂"), ("Hi.", "a " * 30), ("b " * 30, "No.")]
+    report = prepare(corpus_of(*pairs), Settings(min_count=1)).report
+    assert (report["no word left"], report["response too long"], report["query too long"]) == (2, 1, 1)
+    assert report["train"] + report["validation"] + report["test"] == 30
+
+
+def test_a_long_query_can_be_cut_to_its_end_instead():
+    pairs = [("one two three four", "yes")] * 30
+    data = prepare(corpus_of(*pairs), Settings(max_query_words=2, long_queries="cut", min_count=1))
+    assert data.texts["test"][0] == ("three four", "yes")
+
+
+def test_rare_words_become_unk_or_their_pairs_are_dropped():
+    pairs = [("hello", "yes")] * 40 + [("hello", f"rare{i}") for i in range(20)]
+    kept = prepare(corpus_of(*pairs), Settings(min_count=2))
+    assert UNK in kept.splits["train"].responses
+    assert kept.vocabulary.unknown_types > 5
+    dropped = prepare(corpus_of(*pairs), Settings(min_count=2, rare_words="drop"))
+    assert all(UNK not in part.responses for part in dropped.splits.values())
+    assert dropped.report["rare word"] == 20
+
+
+def test_too_little_for_three_parts_is_an_error():
+    with pytest.raises(UserError, match="No exchange is left"):
+        prepare(corpus_of(("hello", "yes"), ("hi", "no")), Settings(min_count=1))
+
+
+def test_a_batch_is_padded_shifted_and_masked(prepared):
+    train = prepared.splits["train"]
+    batch = train.batch(torch.tensor([3, 0, 5]))
+    assert batch.query.shape == (3, int(batch.query_lengths.max()))
+    for row, index in enumerate([3, 0, 5]):
+        length, words = train.query_lengths[index], train.response_lengths[index]
+        assert batch.query[row, :length].tolist() == train.queries[index, :length].tolist()
+        assert (batch.query[row, length:] == PAD).all()
+        assert batch.targets[row, words - 1] == EOS
+        assert batch.inputs[row, 0] == SOS
+        assert batch.inputs[row, 1:words].tolist() == batch.targets[row, : words - 1].tolist()
+        assert batch.target_mask[row].sum() == words
+
+
+def test_an_epoch_has_every_example_once_and_depends_on_seed_and_epoch_alone(prepared):
+    train = prepared.splits["train"]
+    sampler = BucketedSampler(train, 32, seed=1)
+    epoch = sampler.epoch(0)
+    assert sorted(torch.cat(epoch).tolist()) == list(range(len(train)))
+    assert len(epoch) == sampler.batches_per_epoch
+    again = BucketedSampler(train, 32, seed=1).epoch(0)
+    assert all(torch.equal(a, b) for a, b in zip(epoch, again, strict=True))
+    for other in (sampler.epoch(1), BucketedSampler(train, 32, seed=2).epoch(0)):
+        assert not all(torch.equal(a, b) for a, b in zip(epoch, other, strict=False))
+
+
+def test_batches_go_on_from_any_update(prepared):
+    sampler = BucketedSampler(prepared.splits["train"], 32, seed=1)
+    whole = [indices for indices, _ in zip(sampler.from_update(0), range(40), strict=False)]
+    later = next(sampler.from_update(37))
+    assert torch.equal(whole[37], later)
+
+
+def test_buckets_waste_less_padding(prepared):
+    train = prepared.splits["train"]
+    random_batches = list(torch.randperm(len(train)).split(16))
+    assert padding_share(BucketedSampler(train, 16, 1).epoch(0), train) < 0.5 * padding_share(random_batches, train)
+
+
+def test_prepared_data_survives_saving(prepared, tmp_path):
+    path = tmp_path / "data.pt"
+    prepared.save(path)
+    again = Prepared.load(path)
+    assert again.vocabulary.words == prepared.vocabulary.words
+    assert (again.settings, again.report, again.texts, again.digest) == (
+        prepared.settings, prepared.report, prepared.texts, prepared.digest,
+    )  # fmt: skip
+    for name, pairs in prepared.splits.items():
+        for field in dataclasses.fields(Pairs):
+            assert torch.equal(getattr(again.splits[name], field.name), getattr(pairs, field.name))
+
+
+def test_missing_and_damaged_data_say_what_to_do(tmp_path, prepared):
+    path = tmp_path / "data.pt"
+    with pytest.raises(UserError, match="01_data_preparation"):
+        Prepared.load(path)
+    prepared.save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="prepare the data again"):
+        Prepared.load(path)
+
+
+def test_the_digest_tells_data_settings_apart_and_ignores_the_rest(corpus_folder):
+    corpus = read_corpus(corpus_folder)
+    base = prepare(corpus, TINY).digest
+    assert prepare(corpus, TINY.change(hidden_size=32, updates=7)).digest == base
+    assert prepare(corpus, TINY.change(min_count=3)).digest != base
+
+
+def test_an_empty_query_cannot_be_encoded(prepared):
+    with pytest.raises(UserError, match="without any word"):
+        Pairs.from_words([([], ["yes"])], prepared.vocabulary)

@@ -1,0 +1,98 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers.__main__ import main
+
+SMALL = ["--set", "updates=4", "validate_every=2", "hidden_size=16", "embedding_size=16", "held_out_share=0.15"]
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "helpers", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def trained_by_command(corpus_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = run("train", "--corpus", corpus_folder, "--run", folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "best validation loss" in done.stdout
+    assert (folder / "manifest.json").is_file()
+    return folder
+
+
+def test_training_into_a_used_folder_needs_resume(trained_by_command, corpus_folder):
+    done = run("train", "--corpus", corpus_folder, "--run", trained_by_command, *SMALL)
+    assert done.returncode == 1
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    before = (trained_by_command / "checkpoint.pt").read_bytes()
+    done = run("train", "--corpus", corpus_folder, "--run", trained_by_command, *SMALL, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (trained_by_command / "checkpoint.pt").read_bytes() == before
+
+
+def test_score_prints_one_line_of_json(trained_by_command, tmp_path):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("hello .\tgood morning zebra !\nwho are you ?\tyes .\n")
+    done = run("score", "--run", trained_by_command, pairs)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) == {"pairs", "tokens", "nll_per_token", "perplexity", "nll_per_response", "unknown_rate"}
+    assert (result["pairs"], result["tokens"]) == (2, 8)
+
+
+def test_chat_answers_every_line_of_a_pipe(trained_by_command):
+    lines = ["Hello.", "", "🙂", "zebra", "x" * 20_000]
+    done = run("chat", "--run", trained_by_command, input="\n".join(lines) + "\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(lines)
+    assert done.stderr == ""
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_chat(trained_by_command):
+    command = [sys.executable, "-m", "helpers", "chat", "--run", str(trained_by_command)]
+    done = subprocess.run(command, input=b"\xff\xfe\n\x00\nhello\n", capture_output=True, check=False)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 3), done.stderr
+
+
+def test_a_reader_that_goes_away_ends_the_chat_quietly(trained_by_command):
+    command = f"yes hello | {sys.executable} -m helpers chat --run {trained_by_command} | head -2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert len(done.stdout.splitlines()) == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--run", "RUN", "--corpus", "nowhere.zip"], ["nowhere.zip"]),
+        (["train", "--run", "RUN", "--set", "learnin_rate=1"], ["learning_rate"]),
+        (["train", "--run", "RUN", "--set", "updates=many"], ["updates", "int"]),
+        (["train", "--run", "RUN", "--profile", "nonesuch"], ["nonesuch", "sample"]),
+        (["train", "--run", "RUN", "--device", "tpu"], ["tpu"]),
+        (["train", "--run", "RUN", "--wandb", "sometimes"], ["sometimes"]),
+        (["chat", "--run", "RUN"], ["checkpoint.pt", "03_training"]),
+        (["score", "--run", "RUN", "none.tsv"], ["none.tsv"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, words, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert main([str(folder) if a == "RUN" else a for a in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in words), error
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_a_pairs_file_with_a_wrong_line_names_it(trained_by_command, tmp_path, capsys):
+    pairs = tmp_path / "pairs.tsv"
+    for text, word in [("one field\n", "line 1"), ("", "no pair"), ("hello\tyes\n🙂\tno\n", "Pair 2")]:
+        pairs.write_text(text)
+        assert main(["score", "--run", str(trained_by_command), str(pairs)]) == 1
+        assert word in capsys.readouterr().err

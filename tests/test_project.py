@@ -1,0 +1,128 @@
+"""The house itself: import directions, notebooks, dependency lists."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from helpers.run import ROOT
+
+# A file imports from the floors before its own only.
+FLOORS = [
+    {"settings", "text", "tracking", "plots"},
+    {"run"},
+    {"sample"},
+    {"corpus"},
+    {"batches"},
+    {"model", "metrics"},
+    {"decoding", "checkpoint"},
+    {"deploy", "training", "latency"},
+    {"chat", "sweep", "profiling"},
+    {"__main__"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("helpers"):
+            parts = node.module.split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "helpers").glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_one_way(path):
+    if path.stem == "__init__":
+        return
+    first = {"settings"} if path.stem in ("text", "tracking") else set()  # errors are defined there
+    for name in imported(path) - first:
+        assert FLOOR[name] < FLOOR[path.stem], f"{path.stem} imports {name}"
+
+
+def test_the_package_stays_small():
+    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "helpers").glob("*.py"))
+    assert lines <= 2500
+
+
+def test_there_are_seven_notebooks():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, 8)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_whole(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert all(cell.execution_count for cell in code), "run 'make outputs'"
+    for cell in code:
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            text = json.dumps(output)
+            assert "Warning" not in text
+            assert str(ROOT) not in text
+            assert "/home/" not in text
+        assert len(cell.source.splitlines()) <= 25, cell.source
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for part in ("**You will learn**", "**Time**", "**Needs**", "## Summary", "## Exercises"):
+        assert part in text
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (path.parent / link).is_file(), link
+
+
+def test_a_parameter_that_no_notebook_has_is_refused(tmp_path):
+    from run_notebook import declared, run
+
+    assert declared(NOTEBOOKS[0])["corpus"] == "sample"
+    problem = run(NOTEBOOKS[0], tmp_path / "out.ipynb", {"corpuss": "sample"}, None)
+    assert "corpuss" in problem
+    assert "corpus" in problem
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_markdown_cell("one"), nbformat.v4.new_code_cell("1 / 0")]
+    source = tmp_path / "broken.ipynb"
+    nbformat.write(notebook, source)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "run_notebook.py", source, tmp_path / "out" / "broken.ipynb"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "broken.ipynb failed: cell 2 raised ZeroDivisionError" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_notebook_without_its_input_says_which_one_makes_it(tmp_path):
+    environment = {"CHATBOT_RUNS": str(tmp_path)}
+    import os
+
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "run_notebook.py", NOTEBOOKS[3], tmp_path / "out.ipynb"],
+        capture_output=True, text=True, check=False, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "01_data_preparation" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_conda_and_pip_read_the_same_list():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert {"pip": ["-r requirements.txt"]} in environment["dependencies"]
+    assert (ROOT / "requirements.txt").read_text().split() == ["-c", "constraints.txt", "-r", "requirements.in"]
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    for line in (ROOT / "requirements.in").read_text().splitlines():
+        name = line.split("#")[0].strip().split("==")[0].lower()
+        assert not name or name in pinned, name

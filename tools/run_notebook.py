@@ -1,0 +1,76 @@
+"""Run one notebook with papermill: python tools/run_notebook.py IN.ipynb OUT.ipynb [-p name value …]
+
+What papermill leaves to its caller is done here: a parameter that no notebook has is refused, a value that is the
+notebook's own default is not injected again (so a run with defaults equals the committed notebook), and a failure
+names the notebook and the cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+
+import nbformat  # noqa: E402
+import papermill  # noqa: E402
+import yaml  # noqa: E402
+
+
+def declared(path: Path) -> dict[str, object]:
+    """The parameters of a notebook and their defaults: the assignments of the cell tagged `parameters`."""
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assigned = [node for node in ast.parse("\n".join(tagged)).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
+
+
+def run(source: Path, target: Path, parameters: dict[str, object], timeout: int | None) -> str | None:
+    """Execute; returns None, or one sentence on what failed."""
+    notebooks = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+    own = declared(source)
+    everywhere = set(own).union(*(declared(path) for path in notebooks))
+    for name in parameters:
+        if name not in everywhere:
+            return f"no notebook has a parameter {name!r}; there are: {', '.join(sorted(everywhere))}"
+    chosen = {name: value for name, value in parameters.items() if name in own and value != own[name]}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.stem + ".partial.ipynb")
+    try:
+        papermill.execute_notebook(
+            str(source), str(partial), chosen, kernel_name="python3", cwd=str(ROOT / "notebooks"),
+            progress_bar=False, execution_timeout=timeout,
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        where = f"{partial.name} in {target.parent}"
+        return f"cell {error.cell_index + 1} raised {error.ename}: {error.evalue}\nEverything run so far: {where}"
+    partial.replace(target)
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
+    parser.add_argument("--timeout", type=int, default=None, help="seconds a cell may take")
+    options = parser.parse_args()
+    try:
+        nbformat.read(options.source, as_version=4)
+    except Exception as error:
+        print(f"{options.source} is not a notebook: {error}", file=sys.stderr)
+        return 1
+    parameters = {name: yaml.safe_load(value) for name, value in options.parameters}
+    problem = run(options.source, options.target, parameters, options.timeout)
+    if problem:
+        print(f"{options.source.name} failed: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
