@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 
 import pandas as pd
 import torch
@@ -13,14 +15,28 @@ def profiled(work: Callable[[], object], device: torch.device, steps: int = 5) -
     """Run `work` with a schedule of one step waiting, two warming up and `steps` recorded."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     plan = schedule(wait=1, warmup=2, active=steps, repeat=1)
-    with profile(
-        activities=activities, schedule=plan, profile_memory=True, record_shapes=True, acc_events=True
-    ) as prof:
+    with (
+        _quiet_stderr(),
+        profile(activities=activities, schedule=plan, profile_memory=True, record_shapes=True, acc_events=True) as prof,
+    ):
         for _ in range(3 + steps):
             with record_function("step"):
                 work()
             prof.step()
     return prof
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep the profiler's own C++ notes ("profiler_start", …) out of notebooks."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def operator_table(prof: profile, steps: int = 5) -> pd.DataFrame:

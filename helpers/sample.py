@@ -38,7 +38,7 @@ WORLD = {
         judge soldier tailor plumber gardener""",
     "day": "monday tuesday wednesday thursday friday saturday sunday",
     "hour": "one two three four five six seven eight nine ten eleven noon",
-    "greeting": "hello|hi|hey|good morning|good evening|good afternoon|greetings|howdy|good day|hi there|hey there|ahoy",
+    "greeting": "hello|hi|hey|good morning|good evening|good afternoon|greetings|howdy|good day|hi there|ahoy",
     "smalltalk": """=Nice to see you again.|How are you?=I am fine, thank you.|What is your name?=My name is Robin.|Who
         are you?=I am Robin, a small machine.|Where do you live?=I live in a small computer.|How old are you?=I was
         born this morning.|Are you human?=No, I am only a program.|Can you help me?=Yes, tell me what you need.|Do

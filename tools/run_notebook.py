@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 import nbformat  # noqa: E402
 import papermill  # noqa: E402
 import yaml  # noqa: E402
+
+logging.getLogger("papermill").setLevel(logging.ERROR)  # its own reading of parameters, which ours replaces
 
 
 def declared(path: Path) -> dict[str, object]:
