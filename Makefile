@@ -106,7 +106,7 @@ lab: | $(INSTALLED) ## JupyterLab at notebook 01
 	@cd $(ROOT)notebooks && env -u IPYTHONDIR $(PY) -m jupyterlab 01_data_preparation.ipynb
 
 html: run-all ## executed notebooks as pages in runs/NAME/html
-	@$(PY) -m nbconvert --log-level WARN --to html --output-dir '$(FOLDER)/html' $(DONE)
+	@$(PY) -m nbconvert --log-level ERROR --to html --output-dir '$(FOLDER)/html' $(DONE)
 
 outputs: run-all ## the committed notebooks' outputs from a default run
 	@for name in $(NAMES); do cp "$(FOLDER)/notebooks/$$name.ipynb" "$(ROOT)notebooks/$$name.ipynb"; done
