@@ -78,8 +78,8 @@ ifneq ($(VENV),)
 $(INSTALLED): $(ROOT)requirements.in $(ROOT)constraints.txt $(ROOT)requirements.txt $(ROOT)pyproject.toml
 	@echo "installing into $(VENV) (once) …"
 	@$(PYTHON) -m venv $(ROOT)$(VENV) || { echo "error: $(PYTHON) -m venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
-	@cd $(ROOT) && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@cd $(ROOT) && $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@cd $(ROOT) && $(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@cd $(ROOT) && $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 endif
 

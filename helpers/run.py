@@ -143,8 +143,8 @@ def start_notebook() -> None:
     print(f"Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     from IPython import get_ipython
 
-    def sentence(shell, kind, error, traceback, tb_offset=None) -> list[str]:
-        return [f"{kind.__name__}: {error}"]
+    def sentence(shell, kind, error, traceback, tb_offset=None) -> None:
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
 
     get_ipython().set_custom_exc((UserError,), sentence)
 

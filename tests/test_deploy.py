@@ -81,6 +81,7 @@ def test_measuring_gives_a_row_a_variant_and_batch_size(saved, prepared):
     assert (table["speed-up"][table["variant"] == "a"] == 1).all()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_tracing_freezes_the_length_of_the_reply(saved):
     """Why the search is scripted: what the classic tutorial says of tracing does not hold for a loop."""
     model, *_ = saved

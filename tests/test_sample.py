@@ -48,7 +48,11 @@ def test_what_is_held_out_was_never_seen_but_its_words_were_seen_often(corpus, s
 def test_a_larger_corpus_has_new_names_and_the_size_asked_for(tmp_path):
     corpus = read_corpus(sample.write_corpus(tmp_path, exchanges=30_000))
     assert 30_000 <= len(corpus.exchanges) < 30_200
-    assert len({exchange.query for exchange in corpus.exchanges}) > 29_000
+    movies = {}
+    for exchange in corpus.exchanges:
+        assert movies.setdefault(exchange.query, exchange.movie) == exchange.movie
+    words = {word for exchange in corpus.exchanges for word in exchange.query.split()}
+    assert len(words) > 600
 
 
 def test_the_copy_task_repeats_the_query():
