@@ -190,7 +190,8 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
             kept.append((exchange, query[-settings.max_query_words :], response))
     report |= {"no word left": empty, "response too long": long_response, "query too long": long_query}
 
-    parts = split(kept, settings.held_out_share, settings.seed)
+    chosen = split(corpus.exchanges, settings.held_out_share, settings.seed)
+    parts: dict[str, list] = {name: [row for row in kept if chosen[row[0].movie] == name] for name in SPLITS}
     counts = Counter(word for _, query, response in parts["train"] for word in query + response)
     vocabulary = Vocabulary.from_counts(counts, settings.min_count)
     if settings.rare_words == "drop":
@@ -217,25 +218,23 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
     )
 
 
-def split(kept: list[tuple], share: float, seed: int) -> dict[str, list[tuple]]:
-    """Train, validation and test; every movie goes wholly into one of them, chosen by seed.
+def split(exchanges: list[Exchange], share: float, seed: int) -> dict[str, str]:
+    """Each movie's part, train, validation or test, chosen by seed: a movie goes wholly into one of them.
 
-    `kept` holds tuples that start with an Exchange. Test and validation get at least `share` of the exchanges each.
+    Test and validation get at least `share` of the exchanges each. All exchanges count, also those that the filters
+    drop, so that models trained with different filters are held to the same movies.
     """
-    sizes = Counter(row[0].movie for row in kept)
+    sizes = Counter(exchange.movie for exchange in exchanges)
     movies = sorted(sizes)
     random.Random(seed).shuffle(movies)
-    chosen: dict[str, str] = {}
+    chosen = dict.fromkeys(movies, "train")
     for name in ("test", "validation"):
-        wanted = share * len(kept)
+        wanted = share * len(exchanges)
         while wanted > 0 and movies:
             movie = movies.pop()
             chosen[movie] = name
             wanted -= sizes[movie]
-    parts: dict[str, list[tuple]] = {name: [] for name in SPLITS}
-    for row in kept:
-        parts[chosen.get(row[0].movie, "train")].append(row)
-    return parts
+    return chosen
 
 
 def padding_share(batches: list[Tensor], pairs: Pairs) -> float:

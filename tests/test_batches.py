@@ -15,15 +15,21 @@ def corpus_of(*pairs, movies=None):
     return Corpus("made", exchanges, 2 * len(pairs), len(pairs), 0, "digest")
 
 
-def test_movies_are_kept_apart_and_every_split_gets_its_share(corpus_folder):
-    rows = [(exchange,) for exchange in read_corpus(corpus_folder).exchanges]
+def test_every_movie_has_one_part_and_every_part_its_share(corpus_folder):
+    exchanges = read_corpus(corpus_folder).exchanges
     for seed in range(3):
-        parts = split(rows, 0.15, seed)
-        movies = [{row[0].movie for row in part} for part in parts.values()]
-        assert len(set.union(*movies)) == sum(map(len, movies))
-        assert sum(map(len, parts.values())) == len(rows)
-        assert len(parts["test"]) >= 0.15 * len(rows)
-        assert len(parts["validation"]) >= 0.15 * len(rows)
+        chosen = split(exchanges, 0.15, seed)
+        assert set(chosen) == {exchange.movie for exchange in exchanges}
+        for name in ("test", "validation"):
+            assert sum(chosen[exchange.movie] == name for exchange in exchanges) >= 0.15 * len(exchanges)
+
+
+def test_the_same_movies_are_held_out_whatever_the_filters_drop():
+    texts = [" ".join(["word"] * (1 + i % 30)) for i in range(400)]
+    corpus = corpus_of(*((text, f"reply {i}") for i, text in enumerate(texts)))
+    all_kept = prepare(corpus, Settings(max_query_words=30)).texts["test"]
+    short = prepare(corpus, Settings(max_query_words=9)).texts["test"]
+    assert short == [(query, response) for query, response in all_kept if len(query.split()) <= 9]
 
 
 def test_filters_are_counted_and_emptiness_is_seen_after_normalising():
