@@ -78,7 +78,8 @@ def chat(options: argparse.Namespace) -> None:
     from helpers.chat import Chatbot, terminal
     from helpers.run import Run, choose_device
 
-    terminal(Chatbot.load(Run(options.run), choose_device(options.device)), options.decoder, options.seed)
+    bot = Chatbot.load(Run(options.run), choose_device(options.device))
+    terminal(bot, options.decoder, options.seed, options.raw)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,8 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     command(score).add_argument("pairs", metavar="PAIRS.tsv", help="lines of query, tab, response")
     talking = command(chat)
-    talking.add_argument("--decoder", default="greedy", help="greedy, beam or sampling")
-    talking.add_argument("--seed", type=int, default=0, help="of the sampling decoder")
+    talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
+    talking.add_argument("--seed", type=int, default=0, help="of mmi and sampling")
+    talking.add_argument("--raw", action="store_true", help="print the model's own words, not as people spell")
     return parser
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers.corpus import Corpus, Exchange
 from helpers.run import atomic_write, digest, shown
 from helpers.settings import DATA_SETTINGS, Settings, UserError
-from helpers.text import EOS, PAD, SOS, Vocabulary, tokenise
+from helpers.text import EOS, PAD, SOS, UNK, Vocabulary, tokenise
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 1  # of data.pt
@@ -35,6 +35,25 @@ class Batch(NamedTuple):
         """(batch, response time): True where there is a real token, which is where the loss counts."""
         return self.targets != PAD
 
+    def dropped(self, query_share: float, word_share: float) -> Batch:
+        """The batch with a share of its queries replaced by silence, and of its words (not the targets) by UNK.
+
+        Both are drawn from torch's global random numbers, of which none are used where the share is 0.
+        """
+        query, lengths, inputs = self.query, self.query_lengths, self.inputs
+        if word_share:
+            query = query.masked_fill((torch.rand(query.shape, device=query.device) < word_share) & (query > UNK), UNK)
+            inputs = inputs.masked_fill(
+                (torch.rand(inputs.shape, device=inputs.device) < word_share) & (inputs > UNK), UNK
+            )
+        if query_share:
+            silent = torch.rand(len(query)) < query_share
+            lengths = lengths.masked_fill(silent, 1)
+            silent = silent.to(query.device, non_blocking=True).unsqueeze(1)
+            first = torch.arange(query.size(1), device=query.device) == 0
+            query = torch.where(silent, torch.where(first, EOS, PAD), query)
+        return Batch(query, lengths, inputs, self.targets)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
@@ -47,10 +66,8 @@ class Pairs:
 
     @classmethod
     def from_words(cls, pairs: list[tuple[list[str], list[str]]], vocabulary: Vocabulary) -> Pairs:
-        """Encode (query words, response words). Raises UserError for an empty query."""
-        if any(not query for query, _ in pairs):
-            raise UserError("A query without any word cannot be encoded; leave such pairs out.")
-        queries = [vocabulary.encode(query) for query, _ in pairs]
+        """Encode (query words, response words). A query of no words is silence: EOS alone."""
+        queries = [vocabulary.encode(query) or [EOS] for query, _ in pairs]
         responses = [[*vocabulary.encode(response), EOS] for _, response in pairs]
         return cls(*_padded(queries), *_padded(responses))
 
@@ -205,6 +222,14 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
             )
         report[name] = len(part)
     pairs = {name: [(query, response) for _, query, response in part] for name, part in parts.items()}
+    if settings.openers:
+        first = {exchange.conversation: exchange for exchange in reversed(corpus.exchanges)}.values()
+        lines = [tokenise(exchange.query) for exchange in first if chosen[exchange.movie] == "train"]
+        lines = [line for line in lines if 0 < len(line) <= settings.max_response_words]
+        if settings.rare_words == "drop":
+            lines = [line for line in lines if all(word in vocabulary for word in line)]
+        pairs["train"] += [([], line) for line in lines]
+        report["openers"] = len(lines)
     choices = {name: getattr(settings, name) for name in DATA_SETTINGS}
     return Prepared(
         settings,

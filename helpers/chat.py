@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import html
+import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TextIO
 
 import torch
 
 from helpers.checkpoint import load_model
-from helpers.decoding import attention_weights, beam_search, greedy, sample
+from helpers.decoding import attention_weights, beam_search, greedy, mmi, sample
 from helpers.model import Seq2Seq
 from helpers.run import Run
 from helpers.settings import Settings, UserError
 from helpers.text import EOS, UNK, Vocabulary, spell, tokenise
 
-DECODERS = ("greedy", "beam", "sampling")
+DECODERS = ("mmi", "greedy", "beam", "sampling")
 LONGEST_LINE = 10_000  # characters of a line that are read, from its end
 NOTHING_SAID = "Say something, and I will answer."
 NO_WORDS = "I understand words in Latin letters only. Try a sentence?"
@@ -47,24 +50,42 @@ class Chatbot:
         """The bot of a run's checkpoint. Raises UserError if there is none."""
         return cls(*load_model(run.checkpoint, device))
 
-    def reply(self, text: str, decoder: str = "greedy", seed: int = 0) -> Reply:
-        """Answer any text; what holds no word gets a kind one. Raises UserError for a decoder that is not known."""
-        if decoder not in DECODERS:
-            raise UserError(f"There is no decoder {decoder!r}; there are {', '.join(DECODERS)}.")
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """The decoders that this model can serve, the recommended one first."""
+        return DECODERS if self.settings.query_dropout > 0 else DECODERS[1:]
+
+    def reply(self, text: str, decoder: str = "", seed: int = 0, temperature: float = 0.8) -> Reply:
+        """Answer any text; what holds no word gets a kind one. Without a decoder's name the recommended one is used.
+
+        `seed` counts for mmi and sampling, `temperature` for sampling. Raises UserError for a decoder that is not
+        known, or that needs what the model was not trained for, and for a temperature below 0.
+        """
         query = tokenise(text[-LONGEST_LINE:])[-self.settings.max_query_words :]
+        search = self.search(decoder or self.decoders[0], seed, temperature)
         if not query:
             return Reply(NO_WORDS if text.strip() else NOTHING_SAID, [], [], [])
-        ids, lengths = self._encode(query)
-        longest = self.settings.max_response_words + 1
-        if decoder == "greedy":
-            said = greedy(self.model, ids, lengths, longest)
-        elif decoder == "beam":
-            said = beam_search(self.model, ids, lengths, longest, beam=5)
-        else:
-            said = sample(self.model, ids, lengths, longest, temperature=0.8, top_p=0.9, seed=seed)
+        said = search(self.model, *self._encode(query), self.settings.max_response_words + 1)
         words = self.vocabulary.decode(said[0].tolist())
         unknown = [word for word in query if word not in self.vocabulary]
         return Reply(spell(words) or NO_ANSWER, words, query, unknown)
+
+    def search(self, decoder: str, seed: int = 0, temperature: float = 0.8) -> Callable[..., torch.Tensor]:
+        """A decoder by its name, as a function of model, query, lengths and max_words."""
+        if decoder not in DECODERS:
+            raise UserError(f"There is no decoder {decoder!r}; there are {', '.join(self.decoders)}.")
+        if decoder not in self.decoders:
+            raise UserError(
+                "Decoder 'mmi' must know how likely a reply is by itself, which this model was not trained to tell. "
+                f"Use {', '.join(self.decoders)}, or train with query_dropout=0.1."
+            )
+        searches = {
+            "mmi": functools.partial(mmi, seed=seed),
+            "greedy": greedy,
+            "beam": functools.partial(beam_search, beam=5),
+            "sampling": functools.partial(sample, temperature=temperature, top_p=0.9, seed=seed),
+        }
+        return searches[decoder]
 
     def attention(self, reply: Reply) -> tuple[list[str], list[str], torch.Tensor]:
         """Query words, reply words with EOS, and the weights (reply words, query words) between them."""
@@ -79,22 +100,45 @@ class Chatbot:
         return torch.tensor([self.vocabulary.encode(query)], device=device), torch.tensor([len(query)])
 
 
-def converse(bot: Chatbot, lines: Iterable[str], out: TextIO, decoder: str = "greedy", seed: int = 0) -> None:
-    """A line in, a reply out, until the lines end or one of them is /quit."""
+def converse(
+    bot: Chatbot, lines: Iterable[str], out: TextIO, decoder: str = "", seed: int = 0, raw: bool = False
+) -> None:
+    """A line in, a reply out, until the lines end or one of them is /quit; /attention shows what the last looked at."""
+    reply = None
     for number, line in enumerate(lines):
         if line.strip() == "/quit":
             break
-        print(bot.reply(line, decoder, seed + number).text, file=out, flush=True)
+        if line.strip() == "/attention":
+            print(heat_map(bot, reply), file=out, flush=True)
+            continue
+        reply = bot.reply(line, decoder, seed + number)
+        print(" ".join(reply.words) if raw else reply.text, file=out, flush=True)
 
 
-def terminal(bot: Chatbot, decoder: str = "greedy", seed: int = 0) -> None:
+def heat_map(bot: Chatbot, reply: Reply | None) -> str:
+    """The attention weights of a reply in percent: a line a word of the reply, a column a word of the query."""
+    if reply is None or not reply.query:
+        return "There is no reply with words to look at yet."
+    query, said, weights = bot.attention(reply)
+    margin = max(map(len, said))
+    lines = [" " * margin + "".join(f" {word:>3}" for word in query)]
+    for word, row in zip(said, weights.tolist(), strict=True):
+        cells = (f" {100 * weight:>{max(len(column), 3)}.0f}" for weight, column in zip(row, query, strict=True))
+        lines.append(f"{word:>{margin}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def terminal(bot: Chatbot, decoder: str = "", seed: int = 0, raw: bool = False) -> None:
     """Talk in a terminal, or in a pipe when the input is none."""
+    bot.search(decoder or bot.decoders[0])  # a wrong name is told before the first line is read
     sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
-        print("Talk to the bot; an empty line is fine, /quit or Ctrl-D ends.")
-        converse(bot, _prompted(), sys.stdout, decoder, seed)
+        with contextlib.suppress(ImportError):  # a Python without it has no history, and else works
+            importlib.import_module("readline")  # gives input() arrow keys and a history
+        print("Talk to the bot. /attention shows what its last reply looked at; /quit or Ctrl-D ends.")
+        converse(bot, _prompted(), sys.stdout, decoder, seed, raw)
     else:
-        converse(bot, sys.stdin, sys.stdout, decoder, seed)
+        converse(bot, sys.stdin, sys.stdout, decoder, seed, raw)
 
 
 def _prompted() -> Iterable[str]:
@@ -106,21 +150,40 @@ def _prompted() -> Iterable[str]:
 
 
 def chat_box(bot: Chatbot):
-    """The same in JupyterLab: a box to type in, a choice of decoder, and the conversation so far."""
+    """The same in JupyterLab: a line to type in, a choice of decoder, the conversation, and its attention on demand."""
     import ipywidgets as widgets
+
+    from helpers import plots
 
     history = widgets.HTML()
     line = widgets.Text(placeholder="Say something and press Enter", continuous_update=False)
-    line.layout.width = "32em"
-    decoder = widgets.Dropdown(options=DECODERS, layout=widgets.Layout(width="9em"))
-    said: list[str] = []
+    line.layout.width = "36em"
+    decoder = widgets.Dropdown(options=bot.decoders, layout=widgets.Layout(width="8em"))
+    temperature = widgets.FloatSlider(0.8, min=0, max=1.5, step=0.1, description="temperature", disabled=True)
+    look = widgets.Button(description="Show attention", disabled=True)
+    anew = widgets.Button(description="New conversation")
+    picture = widgets.Image(layout=widgets.Layout(display="none", width="32em"))
+    said: list[Reply] = []
 
     def answer(change) -> None:
         if not change["new"]:  # our own emptying of the line
             return
-        reply = bot.reply(line.value, decoder.value, seed=len(said)).text
-        said.append(f"<b>you</b> {html.escape(line.value[:500])}<br><b>bot</b> {html.escape(reply)}")
-        history.value, line.value = "<br>".join(said[-20:]), ""
+        said.append(bot.reply(line.value, decoder.value, len(said), temperature.value))
+        you, reply = html.escape(line.value[:500]), html.escape(said[-1].text)
+        history.value += f"<div><b>you</b> {you}</div><div><b>bot</b> {reply}</div>"
+        line.value, look.disabled, picture.layout.display = "", not said[-1].query, "none"
+
+    def show_attention(_) -> None:
+        query, words, weights = bot.attention(said[-1])
+        picture.value = plots.png(plots.attention(query, words, weights.numpy()).figure)
+        picture.layout.display = "block"
+
+    def begin_anew(_) -> None:
+        said.clear()
+        history.value, look.disabled, picture.layout.display = "", True, "none"
 
     line.observe(answer, "value")
-    return widgets.VBox([history, widgets.HBox([line, decoder])])
+    decoder.observe(lambda change: setattr(temperature, "disabled", change["new"] != "sampling"), "value")
+    look.on_click(show_attention)
+    anew.on_click(begin_anew)
+    return widgets.VBox([history, line, widgets.HBox([decoder, temperature, look, anew]), picture])

@@ -1,9 +1,10 @@
-"""From logits to words: greedy search, beam search and sampling. PAD, SOS and UNK are never spoken."""
+"""From logits to words: greedy search, beam search, sampling and MMI. PAD, SOS and UNK are never spoken."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from helpers.model import Memory, Seq2Seq, State
 from helpers.settings import UserError
@@ -156,6 +157,72 @@ def filtered(probability: Tensor, top_k: int, top_p: float) -> Tensor:
     # A word stays if those before it do not reach top_p yet: the likeliest always does.
     ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0)
     return torch.zeros_like(probability).scatter(1, order, ranked)
+
+
+@torch.no_grad()
+def log_probability(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor) -> Tensor:
+    """ln p(reply | query), (batch,): replies (batch, time) end in EOS or are cut off, and are PAD after that."""
+    totals = []
+    for rows in torch.arange(len(query)).split(256):  # bounds the memory that logits take
+        memory, state = model.encode(query[rows], lengths[rows])
+        said, mask = replies[rows], replies[rows] != PAD
+        inputs = torch.cat([torch.full_like(said[:, :1], SOS), said[:, :-1]], 1)
+        logits = model.output(model.decode(inputs, state, memory)[0][mask])
+        words = torch.zeros(said.shape, device=said.device)
+        words[mask] = -functional.cross_entropy(logits.float(), said[mask], reduction="none")
+        totals.append(words.sum(1))
+    return torch.cat(totals)
+
+
+def silence(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As many queries of EOS alone, (queries, 1), and their lengths: what precedes a line that answers nothing."""
+    return torch.full((queries, 1), EOS, device=device), torch.ones(queries, dtype=torch.long)
+
+
+@torch.no_grad()
+def mutual_information(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor, weight: float = 0.5) -> Tensor:
+    """ln p(T | S) - weight · ln p(T), (batch,), the MMI-antiLM objective of arXiv:1510.03055, equation 9.
+
+    A reply that fits any query, such as "I don't know", has a high p(T) and loses. p(T) is the same model's
+    probability of the reply to silence, so the model must have been trained with `query_dropout`.
+    """
+    alone = log_probability(model, *silence(len(query), query.device), replies)
+    return log_probability(model, query, lengths, replies) - weight * alone
+
+
+@torch.no_grad()
+def mmi(
+    model: Seq2Seq,
+    query: Tensor,
+    lengths: Tensor,
+    max_words: int,
+    candidates: int = 16,
+    weight: float = 0.5,
+    top_p: float = 0.9,
+    seed: int = 0,
+) -> Tensor:
+    """Ids (batch, at most max_words): of sampled candidates the one with the most mutual information with its query.
+
+    Candidates come from nucleus sampling; one that says two words in the same order twice is taken only if all do.
+    Equal seeds give equal replies, and a reply depends on its batch through the random numbers.
+    Raises UserError if there is not at least 1 candidate, or if top_p is out of range.
+    """
+    if candidates < 1:
+        raise UserError(f"MMI chooses among at least 1 candidate, not {candidates}.")
+    rows = torch.arange(len(query), device=query.device).repeat_interleave(candidates)
+    many, many_lengths = query[rows], lengths[rows.cpu()]
+    replies = sample(model, many, many_lengths, max_words, top_p=top_p, seed=seed)
+    scores = mutual_information(model, many, many_lengths, replies, weight)
+    scores = scores - 1e6 * _repeats(replies)
+    best = scores.view(-1, candidates).argmax(1) + torch.arange(len(query), device=query.device) * candidates
+    return replies[best]
+
+
+def _repeats(replies: Tensor) -> Tensor:
+    """(batch,): 1 where a pair of neighbouring words comes twice in a reply (batch, time)."""
+    pairs = replies[:, :-1] * (1 << 32) + replies[:, 1:]
+    same = (pairs.unsqueeze(1) == pairs.unsqueeze(2)).triu(1) & (replies[:, 1:] != PAD).unsqueeze(1)
+    return same.flatten(1).any(1).long()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,14 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file's bytes, for a widget; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
 def lengths(queries: Sequence[int], responses: Sequence[int], limit: int) -> Figure:
     """Histograms of words a query and a response, with the limit that the settings put on both."""
     figure, axes = plt.subplots()
@@ -40,7 +49,7 @@ def lengths(queries: Sequence[int], responses: Sequence[int], limit: int) -> Fig
     axes.hist([np.minimum(queries, top), np.minimum(responses, top)], bins=bins, label=["queries", "responses"])
     axes.axvline(limit + 0.5, color=RED, linestyle="--", label=f"longest response kept: {limit}")
     axes.set(xlabel=f"words ({top} and more in the last bar)", ylabel="exchanges")
-    axes.legend()
+    axes.legend(loc="upper right")
     return figure
 
 
@@ -79,7 +88,7 @@ def coverage(counts: Counter[str], min_count: int) -> Figure:
     axes.semilogx(np.arange(1, len(share) + 1), share)
     axes.axvline(kept, color=RED, linestyle=":", label=f"kept: {kept:,} words, {share[kept - 1]:.1%} of all text")
     axes.set(xlabel="words in the vocabulary", ylabel="share of running words", ylim=(0, 1.02))
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     return figure
 
 

@@ -28,12 +28,15 @@ class Settings:
     long_queries: str = "drop"  # drop the pair, or cut the query to its last max_query_words
     rare_words: str = "unknown"  # a pair with a word below min_count: keep it with UNK, or drop it
     min_count: int = 2
+    openers: bool = False  # train also on each conversation's first line, as the response to silence
     held_out_share: float = 0.1  # of the exchanges, for validation and again for test
     # model
     embedding_size: int = 128
     hidden_size: int = 128
     layers: int = 2
     dropout: float = 0.1
+    word_dropout: float = 0.0  # share of words, in queries and decoder inputs, that training replaces by UNK
+    query_dropout: float = 0.0  # share of queries that training replaces by silence; decoder mmi needs some
     attention: str = "general"  # dot, general or concat
     input_feeding: bool = False
     tie_weights: bool = True
@@ -97,6 +100,8 @@ RANGES = {
     "hidden_size": (1, 8192),
     "layers": (1, 16),
     "dropout": (0.0, 0.95),
+    "word_dropout": (0.0, 0.95),
+    "query_dropout": (0.0, 0.95),
     "updates": (0, math.inf),
     "batch_size": (1, math.inf),
     "learning_rate": (0.0, 10.0),

@@ -274,6 +274,7 @@ def _update(
         group["lr"] = rate * group["ratio"]
     ratio = settings.teacher_forcing_ratio
     teacher_forcing = ratio == 1 or random.Random(f"{settings.seed} {update}").random() < ratio
+    batch = batch.dropped(settings.query_dropout, settings.word_dropout)
     with torch.autocast(batch.query.device.type, torch.bfloat16, enabled=precision == "bf16"):
         total, tokens = batch_loss(model, batch, teacher_forcing)
     loss = total / tokens

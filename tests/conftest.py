@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 EXCERPT = Path(__file__).resolve().parents[2] / "shared" / "corpus" / "cornell_excerpt.zip"
 TINY = Settings(
     embedding_size=24, hidden_size=24, layers=2, dropout=0.2, updates=12, batch_size=32, validate_every=4,
-    learning_rate=5e-3, precision="fp32", held_out_share=0.15,
+    learning_rate=5e-3, precision="fp32", held_out_share=0.15, query_dropout=0.1,
 )  # fmt: skip
 
 

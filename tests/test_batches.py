@@ -6,7 +6,7 @@ import torch
 from helpers.batches import BucketedSampler, Pairs, Prepared, padding_share, prepare, split
 from helpers.corpus import Corpus, Exchange, read_corpus
 from helpers.settings import Settings, UserError
-from helpers.text import EOS, PAD, SOS, UNK
+from helpers.text import EOS, PAD, SOS, UNK, tokenise
 from tests.conftest import TINY
 
 
@@ -129,6 +129,41 @@ def test_the_digest_tells_data_settings_apart_and_ignores_the_rest(corpus_folder
     assert prepare(corpus, TINY.change(min_count=3)).digest != base
 
 
-def test_an_empty_query_cannot_be_encoded(prepared):
-    with pytest.raises(UserError, match="without any word"):
-        Pairs.from_words([([], ["yes"])], prepared.vocabulary)
+def test_an_empty_query_is_silence(prepared):
+    pairs = Pairs.from_words([([], ["yes"])], prepared.vocabulary)
+    assert pairs.queries.tolist() == [[EOS]]
+
+
+def test_openers_answer_silence_and_are_trained_on_only(corpus_folder):
+    corpus = read_corpus(corpus_folder)
+    without, with_openers = (prepare(corpus, TINY.change(openers=openers)) for openers in (False, True))
+    added = len(with_openers.splits["train"]) - len(without.splits["train"])
+    assert added == with_openers.report["openers"] > 0
+    queries = with_openers.splits["train"].queries
+    assert ((queries[-added:, 0] == EOS) & (queries[-added:, 1:] == PAD).all(1)).all()
+    first = {}
+    for exchange in corpus.exchanges:
+        first.setdefault(exchange.conversation, exchange.query)
+    openers = {tuple(with_openers.vocabulary.encode(tokenise(line))) for line in first.values()}
+    for row in with_openers.splits["train"].responses[-added:].tolist():
+        assert tuple(row[: row.index(EOS)]) in openers
+    assert torch.equal(without.splits["test"].responses, with_openers.splits["test"].responses)
+
+
+def test_dropped_queries_are_silence_and_dropped_words_unknown(prepared):
+    batch = prepared.splits["train"].batch(torch.arange(64))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    same = batch.dropped(0.0, 0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(same, batch, strict=True))
+    fewer = batch.dropped(0.5, 0.3)
+    silent = (fewer.query == EOS)[:, 0]
+    assert 16 < silent.sum() < 48
+    assert (fewer.query_lengths[silent] == 1).all()
+    assert (fewer.query[silent, 1:] == PAD).all()
+    assert torch.equal((fewer.query != PAD).sum(1), fewer.query_lengths)
+    assert torch.equal(fewer.targets, batch.targets)
+    changed = fewer.inputs != batch.inputs
+    assert (fewer.inputs[changed] == UNK).all()
+    assert 0.2 < changed.sum() / (batch.inputs > UNK).sum() < 0.4

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import pytest
@@ -30,7 +31,7 @@ def bot(trained):
         "¿Qué?",
     ],
 )
-@pytest.mark.parametrize("decoder", ["greedy", "beam", "sampling"])
+@pytest.mark.parametrize("decoder", ["mmi", "greedy", "beam", "sampling"])
 def test_any_line_gets_an_answer_or_a_kind_word(bot, line, decoder):
     assert bot.reply(line, decoder).text
 
@@ -63,15 +64,58 @@ def test_a_conversation_is_a_line_in_and_a_line_out_until_quit(bot):
     assert len(out.getvalue().splitlines()) == 2
 
 
-def test_sampling_can_be_repeated(bot):
-    assert bot.reply("Hello.", "sampling", seed=3) == bot.reply("Hello.", "sampling", seed=3)
+@pytest.mark.parametrize("decoder", ["mmi", "sampling"])
+def test_drawn_replies_can_be_repeated(bot, decoder):
+    assert bot.reply("Hello.", decoder, seed=3) == bot.reply("Hello.", decoder, seed=3)
+    assert len({bot.reply("Hello.", decoder, seed=seed).text for seed in range(8)}) > 1
+
+
+def test_mmi_is_recommended_where_the_model_was_trained_for_it_and_else_refused(bot):
+    assert bot.reply("Hello.") == bot.reply("Hello.", "mmi")
+    other = dataclasses.replace(bot, settings=bot.settings.change(query_dropout=0.0))
+    assert other.reply("Hello.") == other.reply("Hello.", "greedy")
+    with pytest.raises(UserError, match="query_dropout"):
+        other.reply("Hello.", "mmi")
+
+
+def test_attention_of_the_last_reply_in_a_terminal(bot):
+    out = io.StringIO()
+    converse(bot, ["/attention", "Hello, how are you?", "/attention"], out)
+    first, _, columns, *rows = out.getvalue().splitlines()
+    assert "no reply" in first
+    assert columns.split() == bot.reply("Hello, how are you?").query
+    assert len(rows) == len(bot.reply("Hello, how are you?", seed=1).words) + 1
+    assert all(98 <= sum(map(int, row.split()[1:])) <= 102 for row in rows)
+
+
+def test_raw_words_on_request(bot):
+    out = io.StringIO()
+    converse(bot, ["Hello."], out, raw=True)
+    assert out.getvalue().split() == bot.reply("Hello.").words
 
 
 def test_the_box_shows_what_was_said_without_running_it(bot):
-    box = chat_box(bot)
-    history, (line, decoder) = box.children[0], box.children[1].children
+    history, line, (decoder, _, look, _), _ = parts(chat_box(bot))
+    assert look.disabled
     line.value = "<script>alert(1)</script>"
     assert "<script>" not in history.value
     assert "&lt;script&gt;" in history.value
     assert line.value == ""
-    assert decoder.value == "greedy"
+    assert decoder.value == bot.decoders[0]
+
+
+def test_the_box_draws_attention_and_begins_anew(bot):
+    history, line, (decoder, temperature, look, anew), picture = parts(chat_box(bot))
+    line.value = "Hello there."
+    look.click()
+    assert bytes(picture.value).startswith(b"\x89PNG")
+    assert picture.layout.display == "block"
+    decoder.value = "sampling"
+    assert not temperature.disabled
+    anew.click()
+    assert (history.value, look.disabled, picture.layout.display) == ("", True, "none")
+
+
+def parts(box):
+    history, line, controls, picture = box.children
+    return history, line, controls.children, picture

@@ -4,10 +4,22 @@ import pytest
 import torch
 
 from helpers.checkpoint import load_model
-from helpers.decoding import GreedySearch, attention_weights, beam_search, filtered, greedy, sample
+from helpers.decoding import (
+    GreedySearch,
+    _repeats,
+    attention_weights,
+    beam_search,
+    filtered,
+    greedy,
+    log_probability,
+    mmi,
+    mutual_information,
+    sample,
+    silence,
+)  # fmt: skip
 from helpers.settings import UserError
 from helpers.text import EOS, PAD, SOS, UNK
-from helpers.training import new_model
+from helpers.training import batch_loss, new_model
 from tests.conftest import CPU, TINY
 
 
@@ -35,6 +47,7 @@ SEARCHES = {
     "greedy": greedy,
     "beam": beam_search,
     "sampling": lambda *a: sample(*a, temperature=1.5, seed=3),
+    "mmi": lambda *a: mmi(*a, candidates=4, seed=3),
     "nucleus": lambda *a: sample(*a, top_p=0.8, top_k=20, seed=3),
 }
 
@@ -156,3 +169,37 @@ def test_attention_weights_belong_to_the_reply(model, batch):
 
 def test_the_search_module_has_no_weights_of_its_own(model):
     assert set(GreedySearch(model).state_dict()) == {f"model.{name}" for name in model.state_dict()}
+
+
+def test_log_probability_is_the_training_loss(model, prepared, batch):
+    logits = model(batch.query, batch.query_lengths, batch.inputs)
+    expected = -torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch.targets, ignore_index=PAD, reduction="none"
+    ).sum(1)
+    found = log_probability(model, batch.query, batch.query_lengths, batch.targets)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.allclose(found.sum(), -batch_loss(model, batch)[0], rtol=1e-5)
+
+
+def test_mutual_information_takes_off_what_a_reply_is_worth_to_silence(model, batch):
+    given = log_probability(model, batch.query, batch.query_lengths, batch.targets)
+    alone = log_probability(model, *silence(len(batch.query), CPU), batch.targets)
+    found = mutual_information(model, batch.query, batch.query_lengths, batch.targets, weight=0.3)
+    assert torch.allclose(found, given - 0.3 * alone)
+
+
+def test_mmi_takes_the_candidate_with_the_most_information(model, batch):
+    query, lengths = batch.query[:1], batch.query_lengths[:1]
+    drawn = sample(model, query.repeat(6, 1), lengths.repeat(6), 12, top_p=0.9, seed=5)
+    scores = mutual_information(model, query.repeat(6, 1), lengths.repeat(6), drawn)
+    chosen = mmi(model, query, lengths, 12, candidates=6, seed=5)[0]
+    words = drawn[scores.argmax()]
+    pairs = list(itertools.pairwise(words[words != PAD].tolist()))
+    assert len(set(pairs)) < len(pairs) or torch.equal(chosen, words)
+    with pytest.raises(UserError, match="candidate"):
+        mmi(model, query, lengths, 12, candidates=0)
+
+
+def test_a_candidate_that_repeats_itself_is_taken_only_if_all_do():
+    replies = torch.tensor([[5, 6, 5, 6, EOS], [5, 6, 7, 6, EOS], [5, 5, EOS, PAD, PAD], [5, 5, 5, EOS, PAD]])
+    assert _repeats(replies).tolist() == [1, 0, 0, 1]
