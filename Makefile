@@ -91,12 +91,13 @@ lint: | $(INSTALLED)
 unit: | $(INSTALLED)
 	@cd $(ROOT) && $(PY) -m pytest
 
-# nbval re-runs the committed notebooks on a copy of the run, and the checkpoint must answer as the README says.
+# nbval re-runs the committed notebooks on a copy of the run, the checkpoint must answer as the README says, and
+# where Chromium is installed a reader's visit is played.
 check: run-all | $(INSTALLED) $(KERNEL)
 	@cd $(ROOT) && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && cp -r '$(FOLDER)' "$$copy/sample" && \
 	    CHATBOT_RUNS="$$copy" $(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	    --nbval-cell-timeout 900 -p no:cacheprovider notebooks && \
-	    CHATBOT_RUNS="$$copy" $(PY) -m pytest tests/check_run.py
+	    CHATBOT_RUNS="$$copy" $(PY) -m pytest tests/check_run.py tests/check_browser.py
 
 latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone, on an existing checkpoint: RUN=name DEVICE=cuda
 	@$(EXECUTE) $(ROOT)notebooks/07_torchscript_and_latency.ipynb $(FOLDER)/notebooks/07_torchscript_and_latency.ipynb \

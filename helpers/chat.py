@@ -160,6 +160,7 @@ def chat_box(bot: Chatbot):
     line.layout.width = "36em"
     decoder = widgets.Dropdown(options=bot.decoders, layout=widgets.Layout(width="8em"))
     temperature = widgets.FloatSlider(0.8, min=0, max=1.5, step=0.1, description="temperature", disabled=True)
+    temperature.style.description_width = "initial"
     look = widgets.Button(description="Show attention", disabled=True)
     anew = widgets.Button(description="New conversation")
     picture = widgets.Image(layout=widgets.Layout(display="none", width="32em"))
@@ -170,7 +171,7 @@ def chat_box(bot: Chatbot):
             return
         said.append(bot.reply(line.value, decoder.value, len(said), temperature.value))
         you, reply = html.escape(line.value[:500]), html.escape(said[-1].text)
-        history.value += f"<div><b>you</b> {you}</div><div><b>bot</b> {reply}</div>"
+        history.value += f"<div><b>you</b> {you}</div><div class='chat-bot'><b>bot</b> {reply}</div>"
         line.value, look.disabled, picture.layout.display = "", not said[-1].query, "none"
 
     def show_attention(_) -> None:

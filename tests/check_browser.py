@@ -1,0 +1,99 @@
+"""A reader's visit: real JupyterLab, real Chromium, notebook 04 run from the top, three lines of chat, a heat-map.
+
+Works on copies of the notebooks, since JupyterLab saves by itself, and needs a run's checkpoint (`make check` gives a
+copy of one in CHATBOT_RUNS). CHATBOT_SCREENSHOT=FILE.png keeps the picture of the chat.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from helpers.run import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LINES = ["Hello!", "Who are you?", "Anna has a red hat and a blue box. What colour is the box?"]
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+SETTINGS = {
+    "notification": {"fetchNews": "false", "checkForUpdates": False},
+    "tracker": {"windowingMode": "none"},  # every cell is drawn, wherever the page is scrolled to
+}
+READY = """() => {
+    const app = window.jupyterapp, context = app?.shell.currentWidget?.sessionContext;
+    const kernel = context?.isReady && context.session?.kernel;
+    return !!kernel && kernel.connectionStatus === 'connected' && kernel.status === 'idle'
+        && app.commands.hasCommand('notebook:run-all-cells');
+}"""
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """JupyterLab's address, with settings of its own and the notebooks' copies."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    settings = tmp_path / "settings" / "@jupyterlab"
+    for plugin, name in (("apputils-extension", "notification"), ("notebook-extension", "tracker")):
+        (settings / plugin).mkdir(parents=True)
+        (settings / plugin / f"{name}.jupyterlab-settings").write_text(json.dumps(SETTINGS[name]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
+               "--IdentityProvider.token=reader", "--LabApp.expose_app_in_browser=True"]  # fmt: skip
+    with open(tmp_path / "lab.log", "wb") as log:
+        server = subprocess.Popen(command, cwd=tmp_path / "notebooks", env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token=reader", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "lab.log").read_text()[-2000:]
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_reader_runs_the_notebook_and_talks_to_the_bot(lab, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1200, "height": 1000})
+        page.set_default_timeout(180_000)
+        page.goto(f"{lab}/lab/tree/04_decoding_and_chat.ipynb?token=reader")
+        page.wait_for_function(READY)
+        page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        line = page.get_by_placeholder("Say something and press Enter")
+        line.wait_for()
+        chat = page.locator(".jp-OutputArea-output", has=line).last
+        for number, text in enumerate(LINES, 1):
+            line.fill(text)
+            line.press("Enter")
+            page.wait_for_function("([count]) => document.querySelectorAll('.chat-bot').length === count", arg=[number])
+        replies = page.locator(".chat-bot").all_inner_texts()
+        page.get_by_role("button", name="Show attention").click()
+        picture = chat.locator("img")
+        picture.wait_for()
+        page.wait_for_function("picture => picture.naturalWidth > 100", arg=picture.element_handle())
+        chat.screenshot(path=os.environ.get("CHATBOT_SCREENSHOT") or tmp_path / "chat.png")
+        errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
+        browser.close()
+    assert [reply.startswith("bot ") and len(reply) > 6 for reply in replies] == [True] * 3
+    assert not errors
