@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from helpers.batches import Pairs
 from helpers.model import Memory, Seq2Seq, State
 from helpers.settings import UserError
 from helpers.text import EOS, PAD, SOS, UNK
@@ -223,6 +226,24 @@ def _repeats(replies: Tensor) -> Tensor:
     pairs = replies[:, :-1] * (1 << 32) + replies[:, 1:]
     same = (pairs.unsqueeze(1) == pairs.unsqueeze(2)).triu(1) & (replies[:, 1:] != PAD).unsqueeze(1)
     return same.flatten(1).any(1).long()
+
+
+@torch.no_grad()
+def choice_accuracy(score: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: Pairs, others: int = 9) -> float:
+    """How often score(query, lengths, replies) ranks the true response above `others` taken from other queries.
+
+    The others are drawn by a fixed seed; guessing gives 1 / (1 + others).
+    """
+    randomness, right = torch.Generator().manual_seed(0), 0
+    for rows in torch.arange(len(pairs)).split(64):
+        shifts = torch.randint(1, len(pairs), (len(rows), others), generator=randomness)
+        chosen = torch.cat([rows.unsqueeze(1), (rows.unsqueeze(1) + shifts) % len(pairs)], 1).flatten()
+        query = rows.repeat_interleave(1 + others)
+        replies = pairs.responses[chosen.to(pairs.responses.device)].long()
+        batch = pairs.batch(query)
+        scores = score(batch.query, batch.query_lengths, replies).view(len(rows), -1)
+        right += int((scores[:, 0] >= scores.max(1).values).sum())
+    return right / len(pairs)
 
 
 @torch.no_grad()

@@ -1,0 +1,117 @@
+"""The classic recipe and ours, trained on one corpus and held to the same movies: everything into one JSON file.
+
+    python tools/compare.py --corpus PATH --results results/compare-NAME.json
+
+Trains into runs/compare-NAME-PROFILE (what is there already is gone on from), so a second call only measures again.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from helpers.batches import Pairs, Prepared, prepare
+from helpers.chat import Chatbot
+from helpers.corpus import read_corpus
+from helpers.decoding import choice_accuracy, log_probability, mutual_information
+from helpers.metrics import commonest_reply, reply_metrics
+from helpers.run import ROOT, Run, choose_device, machine, write_text
+from helpers.settings import UserError, load_profile
+from helpers.tracking import Tracker
+from helpers.training import evaluate, fit, read_metrics, replies_of, score
+
+PROFILES = ("classic", "cornell")
+SHORT = 9  # words at most, on both sides: what the classic recipe trains on
+QUERIES = 500  # held-out queries that every decoder answers
+OURS = """Hello.|How are you?|What is your name?|Where are you going?|I love you.|Do you want a drink?|Who killed him?|
+Are you crazy?|I need some money.|What time is it?|Why did you leave me?|Can I ask you a question?|
+I don't believe you.|Where is my wife?|Get out of my house!|Did you see the doctor?|I'm sorry.|
+You look beautiful tonight.|What do you want from me?|Are you married?|Give me the gun.|Do you like music?|How old are you?|I'm hungry.|
+Who are you talking about?|We have to go now.|Is he dead?|Tell me a story.|What are you afraid of?|Good night."""
+
+
+def train(profile: str, corpus, name: str, device: torch.device) -> tuple[Run, Prepared, Chatbot]:
+    """The profile's bot for this corpus, trained or taken up where it was left."""
+    run, settings = Run.named(f"compare-{name}-{profile}"), load_profile(profile)
+    data = prepare(corpus, settings)
+    data.save(run.data)
+    fit(run, data, settings, device, Tracker("off", run.folder, {}))
+    return run, data, Chatbot.load(run, device)
+
+
+def known(words: list[str], bots: list[Chatbot]) -> bool:
+    return all(word in bot.vocabulary for word in words for bot in bots)
+
+
+def measure(name: str, corpus, device: torch.device) -> dict:
+    """Likelihood on the same test exchanges, every decoder's figures, the curves, and replies to our own queries."""
+    trained = {profile: train(profile, corpus, name, device) for profile in PROFILES}
+    bots = [bot for _, _, bot in trained.values()]
+    texts = trained["cornell"][1].texts["test"]
+    words = [(query.split(), response.split()) for query, response in texts]
+    short = [pair for pair in words if max(map(len, pair)) <= SHORT and known([*pair[0], *pair[1]], bots)]
+    result = {"corpus": trained["cornell"][1].corpus, "machine": machine() | {"device": str(device)}}
+    result |= {"short test exchanges": len(short), "test exchanges": len(texts), "queries": QUERIES, "models": {}}
+    for profile, (run, _, bot) in trained.items():
+        likelihood = evaluate(bot.model, Pairs.from_words(short, bot.vocabulary).to(device))
+        rows = read_metrics(run)
+        manifest = json.loads(run.manifest.read_text())
+        entry = {
+            "parameters": manifest["parameters"],
+            "precision": manifest["precision"],
+            "words": len(bot.vocabulary),
+            "best update": manifest["progress"]["best_update"],
+            "training minutes": round(sum(row.get("seconds", 0) for row in rows) / 60, 1),
+            "short": {"perplexity": likelihood.perplexity, "nats per response": likelihood.per_response},
+            "all": score(bot.model, bot.vocabulary, texts),
+            "curve": [(row["update"], row["validation_loss"]) for row in rows if "validation_loss" in row],
+            "training curve": [
+                (row["update"], row["loss"]) for row in rows if "loss" in row and row["update"] % 20 == 0
+            ],
+            "settings": bot.settings.to_dict(),
+        }
+        pairs = Pairs.from_words(words[:QUERIES], bot.vocabulary).to(device)
+        references = [response for _, response in words[:QUERIES]]
+        entry["choice of ten"] = {"likelihood": choice_accuracy(partial(log_probability, bot.model), pairs)}
+        if "mmi" in bot.decoders:
+            entry["choice of ten"]["mmi"] = choice_accuracy(partial(mutual_information, bot.model), pairs)
+        entry["decoders"] = {}
+        for decoder in bot.decoders:
+            search = bot.search(decoder)
+            said = replies_of(bot.model, pairs, bot.vocabulary, bot.settings.max_response_words + 1, search)
+            entry["decoders"][decoder] = reply_metrics(said, references) | {"commonest": commonest_reply(said)[0]}
+        entry["replies"] = {
+            query: {decoder: bot.reply(query, decoder).text for decoder in bot.decoders}
+            for query in (line.strip() for line in OURS.replace("\n", "").split("|"))
+        }
+        result["models"][profile] = entry
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="cornell, or a zip, folder or jsonl")
+    parser.add_argument("--results", help="JSON file to write; by default results/compare-NAME.json")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    options = parser.parse_args()
+    name = Path(options.corpus).stem
+    try:
+        result = measure(name, read_corpus(options.corpus), choose_device(options.device))
+        path = Path(options.results or ROOT / "results" / f"compare-{name}.json")
+        write_text(path, json.dumps(result, indent=1) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for profile, entry in result["models"].items():
+        print(f"{profile}: {entry['short']} {entry['choice of ten']}")
+        for decoder in entry["decoders"]:
+            figures = {key: value for key, value in entry["decoders"][decoder].items() if key != "exact"}
+            print(f"    {decoder}: {figures}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
