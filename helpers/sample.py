@@ -67,7 +67,7 @@ KINDS = {
             "I gave {name1} a {colour1} {thing1} and a {colour2} {thing2}. Which colour is the {thing1}?",
             "I gave {name1} a {colour2} {thing2} and a {colour1} {thing1}. Which colour is the {thing1}?",
         ],
-        "{name1} has a {colour1} {thing1}.",
+        "The {thing1} is {colour1}.",
     ),
     "whereabouts": (
         [

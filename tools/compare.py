@@ -29,8 +29,9 @@ QUERIES = 500  # held-out queries that every decoder answers
 OURS = """Hello.|How are you?|What is your name?|Where are you going?|I love you.|Do you want a drink?|Who killed him?|
 Are you crazy?|I need some money.|What time is it?|Why did you leave me?|Can I ask you a question?|
 I don't believe you.|Where is my wife?|Get out of my house!|Did you see the doctor?|I'm sorry.|
-You look beautiful tonight.|What do you want from me?|Are you married?|Give me the gun.|Do you like music?|How old are you?|I'm hungry.|
-Who are you talking about?|We have to go now.|Is he dead?|Tell me a story.|What are you afraid of?|Good night."""
+You look beautiful tonight.|What do you want from me?|Are you married?|Give me the gun.|Do you like music?|
+How old are you?|I'm hungry.|Who are you talking about?|We have to go now.|Is he dead?|Tell me a story.|
+What are you afraid of?|Good night."""
 
 
 def train(profile: str, corpus, name: str, device: torch.device) -> tuple[Run, Prepared, Chatbot]:
