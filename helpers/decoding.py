@@ -154,9 +154,7 @@ def sample(
 
 def filtered(probability: Tensor, top_k: int, top_p: float) -> Tensor:
     """probability (batch, vocabulary) with the words outside top-k and the nucleus set to 0; rows not rescaled."""
-    ranked, order = probability.sort(dim=1, descending=True)
-    if top_k:
-        ranked[:, top_k:] = 0
+    ranked, order = probability.topk(min(top_k or probability.size(1), probability.size(1)), dim=1)
     # A word stays if those before it do not reach top_p yet: the likeliest always does.
     ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0)
     return torch.zeros_like(probability).scatter(1, order, ranked)
@@ -201,12 +199,13 @@ def mmi(
     max_words: int,
     candidates: int = 16,
     weight: float = 0.5,
+    top_k: int = 100,
     top_p: float = 0.9,
     seed: int = 0,
 ) -> Tensor:
     """Ids (batch, at most max_words): of sampled candidates the one with the most mutual information with its query.
 
-    Candidates come from nucleus sampling; one that says two words in the same order twice is taken only if all do.
+    Candidates come from nucleus sampling among the `top_k` likeliest words; one that says two words in the same order twice is taken only if all do.
     Equal seeds give equal replies, and a reply depends on its batch through the random numbers.
     Raises UserError if there is not at least 1 candidate, or if top_p is out of range.
     """
@@ -214,7 +213,7 @@ def mmi(
         raise UserError(f"MMI chooses among at least 1 candidate, not {candidates}.")
     rows = torch.arange(len(query), device=query.device).repeat_interleave(candidates)
     many, many_lengths = query[rows], lengths[rows.cpu()]
-    replies = sample(model, many, many_lengths, max_words, top_p=top_p, seed=seed)
+    replies = sample(model, many, many_lengths, max_words, top_k=top_k, top_p=top_p, seed=seed)
     scores = mutual_information(model, many, many_lengths, replies, weight)
     scores = scores - 1e6 * _repeats(replies)
     best = scores.view(-1, candidates).argmax(1) + torch.arange(len(query), device=query.device) * candidates
