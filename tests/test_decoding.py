@@ -190,7 +190,7 @@ def test_mutual_information_takes_off_what_a_reply_is_worth_to_silence(model, ba
 
 def test_mmi_takes_the_candidate_with_the_most_information(model, batch):
     query, lengths = batch.query[:1], batch.query_lengths[:1]
-    drawn = sample(model, query.repeat(6, 1), lengths.repeat(6), 12, top_p=0.9, seed=5)
+    drawn = sample(model, query.repeat(6, 1), lengths.repeat(6), 12, top_k=100, top_p=0.9, seed=5)
     scores = mutual_information(model, query.repeat(6, 1), lengths.repeat(6), drawn)
     chosen = mmi(model, query, lengths, 12, candidates=6, seed=5)[0]
     words = drawn[scores.argmax()]
