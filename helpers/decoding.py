@@ -199,21 +199,22 @@ def mmi(
     max_words: int,
     candidates: int = 16,
     weight: float = 0.5,
+    temperature: float = 1.0,
     top_k: int = 100,
     top_p: float = 0.9,
     seed: int = 0,
 ) -> Tensor:
     """Ids (batch, at most max_words): of sampled candidates the one with the most mutual information with its query.
 
-    Candidates come from nucleus sampling among the `top_k` likeliest words; one that says two words in the same order twice is taken only if all do.
-    Equal seeds give equal replies, and a reply depends on its batch through the random numbers.
+    Candidates come from nucleus sampling among the `top_k` likeliest words; one that says two words in the same order
+    twice is taken only if all do. Equal seeds give equal replies; the batch matters through the random numbers alone.
     Raises UserError if there is not at least 1 candidate, or if top_p is out of range.
     """
     if candidates < 1:
         raise UserError(f"MMI chooses among at least 1 candidate, not {candidates}.")
     rows = torch.arange(len(query), device=query.device).repeat_interleave(candidates)
     many, many_lengths = query[rows], lengths[rows.cpu()]
-    replies = sample(model, many, many_lengths, max_words, top_k=top_k, top_p=top_p, seed=seed)
+    replies = sample(model, many, many_lengths, max_words, temperature, top_k, top_p, seed)
     scores = mutual_information(model, many, many_lengths, replies, weight)
     scores = scores - 1e6 * _repeats(replies)
     best = scores.view(-1, candidates).argmax(1) + torch.arange(len(query), device=query.device) * candidates

@@ -117,6 +117,22 @@ def training_curves(rows: Sequence[dict], window: int = 25) -> Figure:
     return figure
 
 
+def compare(models: dict[str, dict]) -> Figure:
+    """Training and validation loss of several models side by side, from their `training curve` and `validation curve`."""
+    figure, panels = plt.subplots(1, len(models), figsize=(4.5 * len(models), 3.4), sharey=True, squeeze=False)
+    for axes, (name, model) in zip(panels[0], models.items(), strict=True):
+        updates, values = zip(*model["training curve"], strict=True)
+        axes.plot(updates, _smooth(values, 5), label="training, with dropout")
+        updates, values = zip(*model["validation curve"], strict=True)
+        axes.plot(updates, values, "o-", markersize=3, label="validation")
+        best = int(np.argmin(values))
+        axes.plot(updates[best], values[best], "*", color=RED, markersize=12, label=f"best, update {updates[best]:,}")
+        axes.set(xlabel="update", title=name)
+        axes.legend()
+    panels[0][0].set_ylabel("nats a token, each on its own split")
+    return figure
+
+
 def losses(curves: dict[str, Sequence[float]], window: int = 1, ylabel: str = "nats a token") -> Figure:
     """Several losses by update on one pair of axes."""
     figure, axes = plt.subplots()
