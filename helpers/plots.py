@@ -118,7 +118,7 @@ def training_curves(rows: Sequence[dict], window: int = 25) -> Figure:
 
 
 def compare(models: dict[str, dict]) -> Figure:
-    """Training and validation loss of several models side by side, from their `training curve` and `validation curve`."""
+    """The loss of several models side by side, each from its `training curve` and `validation curve`."""
     figure, panels = plt.subplots(1, len(models), figsize=(4.5 * len(models), 3.4), sharey=True, squeeze=False)
     for axes, (name, model) in zip(panels[0], models.items(), strict=True):
         updates, values = zip(*model["training curve"], strict=True)

@@ -1,0 +1,78 @@
+"""What make runs again and what it leaves alone; notebooks are copied instead of executed, so this takes no time."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from helpers.run import ROOT
+
+STUB = f"""#!/bin/sh
+case "$1" in
+*run_notebook.py)
+    case "$2" in *"$FAIL"*) echo "error: $2 failed" >&2; exit 1;; esac
+    mkdir -p "$(dirname "$3")" && cp "$2" "$3";;
+*) exec {sys.executable} "$@";;
+esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A function that calls make run-all in a copy of the project and returns the numbers of the notebooks it ran."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in ("helpers", "notebooks", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+
+    def call(*arguments: str, fail: str = "no such notebook", status: int = 0) -> list[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        done = subprocess.run(
+            ["make", "run-all", "VENV=", f"PYTHON={stub}", *arguments],
+            cwd=tmp_path, env=environment | {"FAIL": fail}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == status or (status and done.returncode), done.stderr
+        return [line.split()[1][:2] for line in done.stdout.splitlines() if line.startswith("running ")]
+
+    call.folder = tmp_path
+    return call
+
+
+ALL = ["01", "02", "03", "04", "05", "06", "07"]
+
+
+def test_a_second_run_runs_nothing_again(make):
+    assert make() == ALL
+    assert make() == []
+
+
+def test_a_touched_notebook_is_run_again_with_those_after_it(make):
+    make()
+    os.utime(make.folder / "notebooks" / "04_decoding_and_chat.ipynb")
+    assert make() == ALL[3:]
+
+
+def test_other_settings_never_find_an_old_run_current(make):
+    make()
+    assert make("PARAMS=-p overrides updates=10") == ALL
+    assert make("PARAMS=-p overrides updates=10") == []
+    assert make("PROFILE=classic") == ALL
+    assert make("RUN=other") == ALL
+    assert make("RUN=other") == []
+
+
+def test_a_run_and_a_profile_are_named_by_the_corpus(make):
+    assert make(f"CORPUS={make.folder}/some/corpus.zip") == ALL
+    assert (make.folder / "runs" / "corpus" / "notebooks" / "07_torchscript_and_latency.ipynb").is_file()
+    assert "profile=cornell" in (make.folder / "runs" / "corpus" / ".settings").read_text()
+
+
+def test_a_failing_notebook_ends_the_run_and_is_run_again(make):
+    assert make(fail="03_", status=2) == ALL[:3]
+    assert make() == ALL[2:]
