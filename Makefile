@@ -106,8 +106,8 @@ latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone, on an existing checkpoin
 lab: | $(INSTALLED) ## JupyterLab at notebook 01
 	@cd $(ROOT)notebooks && env -u IPYTHONDIR $(PY) -m jupyterlab 01_data_preparation.ipynb
 
-html: run-all ## executed notebooks as pages in runs/NAME/html
-	@$(PY) -m nbconvert --log-level ERROR --to html --output-dir '$(FOLDER)/html' $(DONE)
+html: run-all ## executed notebooks as pages in runs/NAME/html, formulas readable offline
+	@$(PY) $(ROOT)tools/make_pages.py '$(FOLDER)/html' $(DONE)
 
 outputs: run-all ## the committed notebooks' outputs from a default run
 	@for name in $(NAMES); do cp "$(FOLDER)/notebooks/$$name.ipynb" "$(ROOT)notebooks/$$name.ipynb"; done

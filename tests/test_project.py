@@ -117,6 +117,17 @@ def test_a_notebook_without_its_input_says_which_one_makes_it(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_pages_show_formulas_without_a_network():
+    from make_pages import page, with_mathml
+
+    assert with_mathml("`$x$` is $x$").startswith("`$x$` is <math")
+    text = page(ROOT / "notebooks" / "02_model.ipynb")
+    assert text.count("<math") > 5
+    assert "\\frac" not in text
+    assert "mathjax" not in text.lower()
+    assert 'href="03_training.html"' in text
+
+
 def test_conda_and_pip_read_the_same_list():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert {"pip": ["-r requirements.txt"]} in environment["dependencies"]

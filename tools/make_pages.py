@@ -1,0 +1,50 @@
+"""Notebooks as HTML pages that need no network: formulas become MathML, which browsers draw by themselves.
+
+python tools/make_pages.py OUTPUT_FOLDER NOTEBOOK.ipynb …
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+
+# Code in backquotes is left alone; then a formula of its own line, or one in the text.
+FORMULA = re.compile(r"(`+[^`]*`+)|\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
+
+
+def with_mathml(markdown: str) -> str:
+    """Markdown whose $…$ and $$…$$ are MathML elements."""
+
+    def element(match: re.Match) -> str:
+        code, display, inline = match.groups()
+        if code:
+            return code
+        return convert(display, display="block") if display else convert(inline)
+
+    return FORMULA.sub(element, markdown)
+
+
+def page(path: Path) -> str:
+    """A notebook's page."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            # Links between notebooks lead to the pages beside this one.
+            cell.source = re.sub(r"\]\((0\d_\w+)\.ipynb\)", r"](\1.html)", with_mathml(cell.source))
+    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
+    return exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})[0]
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in map(Path, sys.argv[2:]):
+        (folder / f"{path.stem}.html").write_text(page(path), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
