@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor
 from helpers.corpus import Corpus, Exchange
 from helpers.run import atomic_write, digest, shown
 from helpers.settings import DATA_SETTINGS, Settings, UserError
-from helpers.text import EOS, PAD, SOS, UNK, Vocabulary, tokenise
+from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 1  # of data.pt
@@ -138,7 +139,7 @@ class Prepared:
     settings: Settings
     vocabulary: Vocabulary
     splits: dict[str, Pairs]
-    texts: dict[str, list[tuple[str, str]]]  # validation and test, as normalised text with every word
+    texts: dict[str, list[tuple[str, str]]]  # validation and test, as normalised text with every word, no context
     report: dict[str, int]  # exchanges after each filter
     counts: Counter[str]  # training words
     corpus: dict[str, str | int]
@@ -222,6 +223,15 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
             )
         report[name] = len(part)
     pairs = {name: [(query, response) for _, query, response in part] for name, part in parts.items()}
+    texts = {name: [(" ".join(query), " ".join(response)) for query, response in pairs[name]] for name in SPLITS[1:]}
+    if settings.context_words:
+        follows = itertools.pairwise(corpus.exchanges)
+        before = {later: earlier.query for earlier, later in follows if earlier.conversation == later.conversation}
+        for name, part in parts.items():
+            pairs[name] = [
+                (with_context(tokenise(before.get(exchange, "")), query, settings.context_words), response)
+                for exchange, query, response in part
+            ]
     if settings.openers:
         first = {exchange.conversation: exchange for exchange in reversed(corpus.exchanges)}.values()
         lines = [tokenise(exchange.query) for exchange in first if chosen[exchange.movie] == "train"]
@@ -235,12 +245,17 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
         settings,
         vocabulary,
         {name: Pairs.from_words(rows, vocabulary) for name, rows in pairs.items()},
-        {name: [(" ".join(q), " ".join(r)) for q, r in pairs[name]] for name in SPLITS[1:]},
+        texts,
         report,
         counts,
         {"name": corpus.name, "digest": corpus.digest, "lines": corpus.lines, "conversations": corpus.conversations},
         digest(corpus.digest, repr(sorted(choices.items())), str(FORMAT)),
     )
+
+
+def with_context(before: list[str], query: list[str], context_words: int) -> list[str]:
+    """The query, preceded by the last `context_words` words of the line before it and EOS, if there are any."""
+    return [*before[-context_words:], SPECIAL[EOS], *query] if before and context_words else query
 
 
 def split(exchanges: list[Exchange], share: float, seed: int) -> dict[str, str]:

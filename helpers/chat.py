@@ -13,6 +13,7 @@ from typing import TextIO
 
 import torch
 
+from helpers.batches import with_context
 from helpers.checkpoint import load_model
 from helpers.decoding import attention_weights, beam_search, greedy, mmi, sample
 from helpers.model import Seq2Seq
@@ -55,9 +56,10 @@ class Chatbot:
         """The decoders that this model can serve, the recommended one first."""
         return DECODERS if self.settings.query_dropout > 0 else DECODERS[1:]
 
-    def reply(self, text: str, decoder: str = "", seed: int = 0, temperature: float = 0.8) -> Reply:
+    def reply(self, text: str, decoder: str = "", seed: int = 0, temperature: float = 0.8, before: str = "") -> Reply:
         """Answer any text; what holds no word gets a kind one. Without a decoder's name the recommended one is used.
 
+        `before` is the line before it, the bot's last reply, which a model trained with `context_words` reads too.
         `seed` counts for mmi and sampling, `temperature` for sampling. Raises UserError for a decoder that is not
         known, or that needs what the model was not trained for, and for a temperature below 0.
         """
@@ -65,6 +67,7 @@ class Chatbot:
         search = self.search(decoder or self.decoders[0], seed, temperature)
         if not query:
             return Reply(NO_WORDS if text.strip() else NOTHING_SAID, [], [], [])
+        query = with_context(tokenise(before), query, self.settings.context_words)
         said = search(self.model, *self._encode(query), self.settings.max_response_words + 1)
         words = self.vocabulary.decode(said[0].tolist())
         unknown = [word for word in query if word not in self.vocabulary]
@@ -111,7 +114,7 @@ def converse(
         if line.strip() == "/attention":
             print(heat_map(bot, reply), file=out, flush=True)
             continue
-        reply = bot.reply(line, decoder, seed + number)
+        reply = bot.reply(line, decoder, seed + number, before=reply.text if reply else "")
         print(" ".join(reply.words) if raw else reply.text, file=out, flush=True)
 
 
@@ -169,7 +172,8 @@ def chat_box(bot: Chatbot):
     def answer(change) -> None:
         if not change["new"]:  # our own emptying of the line
             return
-        said.append(bot.reply(line.value, decoder.value, len(said), temperature.value))
+        before = said[-1].text if said else ""
+        said.append(bot.reply(line.value, decoder.value, len(said), temperature.value, before))
         you, reply = html.escape(line.value[:500]), html.escape(said[-1].text)
         history.value += f"<div><b>you</b> {you}</div><div class='chat-bot'><b>bot</b> {reply}</div>"
         line.value, look.disabled, picture.layout.display = "", not said[-1].query, "none"

@@ -28,6 +28,7 @@ class Settings:
     long_queries: str = "drop"  # drop the pair, or cut the query to its last max_query_words
     rare_words: str = "unknown"  # a pair with a word below min_count: keep it with UNK, or drop it
     min_count: int = 2
+    context_words: int = 0  # of the line before the query, put before it with EOS between; 0 means the query alone
     openers: bool = False  # train also on each conversation's first line, as the response to silence
     held_out_share: float = 0.1  # of the exchanges, for validation and again for test
     # model
@@ -94,6 +95,7 @@ RANGES = {
     "seed": (0, 2**31 - 1),
     "max_query_words": (1, 1000),
     "max_response_words": (1, 1000),
+    "context_words": (0, 1000),
     "min_count": (1, math.inf),
     "held_out_share": (0.01, 0.4),
     "embedding_size": (1, 8192),

@@ -167,3 +167,17 @@ def test_dropped_queries_are_silence_and_dropped_words_unknown(prepared):
     changed = fewer.inputs != batch.inputs
     assert (fewer.inputs[changed] == UNK).all()
     assert 0.2 < changed.sum() / (batch.inputs > UNK).sum() < 0.4
+
+
+def test_the_line_before_can_precede_the_query():
+    lines = [f"word{i} is here" for i in range(6)]
+    exchanges = [
+        Exchange(lines[i], lines[i + 1], f"L{movie}", f"m{movie}") for movie in range(12) for i in range(len(lines) - 1)
+    ]
+    corpus = Corpus("made", exchanges, 72, 12, 0, "digest")
+    data = prepare(corpus, Settings(context_words=2, min_count=1))
+    words = [[data.vocabulary.words[i] for i in row if i] for row in data.splits["train"].queries.tolist()]
+    assert words[0] == ["word0", "is", "here"]
+    assert words[1] == ["is", "here", "<eos>", "word1", "is", "here"]
+    assert words[5] == words[0]  # the next conversation begins
+    assert data.texts["test"][1][0] == "word1 is here"

@@ -119,3 +119,11 @@ def test_the_box_draws_attention_and_begins_anew(bot):
 def parts(box):
     history, line, controls, picture = box.children
     return history, line, controls.children, picture
+
+
+def test_a_model_with_context_reads_the_line_before(bot):
+    assert bot.reply("Hello.", before="How are you?") == bot.reply("Hello.")
+    reader = dataclasses.replace(bot, settings=bot.settings.change(context_words=3))
+    reply = reader.reply("Hello.", before="Well, how are you?")
+    assert reply.query == ["are", "you", "?", "<eos>", "hello", "."]
+    assert reply.unknown == []
