@@ -44,7 +44,7 @@ STAMP := $(FOLDER)/.settings
 EXECUTE := $(PY) $(ROOT)tools/run_notebook.py
 PARAMETERS := -p run '$(RUN)' -p corpus '$(SOURCE)' -p profile '$(PROFILE)' -p device '$(DEVICE)' $(PARAMS)
 
-.PHONY: help run-all test lint unit check latency lab html outputs FORCE
+.PHONY: help run-all test lint unit check latency compare images wheelhouse lab html outputs FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -102,6 +102,12 @@ check: run-all | $(INSTALLED) $(KERNEL)
 latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone, on an existing checkpoint: RUN=name DEVICE=cuda
 	@$(EXECUTE) $(ROOT)notebooks/07_torchscript_and_latency.ipynb $(FOLDER)/notebooks/07_torchscript_and_latency.ipynb \
 	    $(PARAMETERS)
+
+compare: | $(INSTALLED) ## the classic recipe and ours trained on CORPUS (half an hour and more), to results/
+	@$(PY) $(ROOT)tools/compare.py --corpus '$(SOURCE)' --device '$(DEVICE)'
+
+wheelhouse: | $(INSTALLED) ## all packages as files, for a machine without an index (README says how)
+	@cd $(ROOT) && $(PY) -m pip download -qq --disable-pip-version-check -d wheelhouse -r requirements.txt
 
 lab: | $(INSTALLED) ## JupyterLab at notebook 01
 	@cd $(ROOT)notebooks && env -u IPYTHONDIR $(PY) -m jupyterlab 01_data_preparation.ipynb
