@@ -106,6 +106,9 @@ latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone, on an existing checkpoin
 compare: | $(INSTALLED) ## the classic recipe and ours trained on CORPUS (half an hour and more), to results/
 	@$(PY) $(ROOT)tools/compare.py --corpus '$(SOURCE)' --device '$(DEVICE)'
 
+images: run-all ## the pictures in images/, from results/ and the run
+	@$(PY) $(ROOT)tools/make_images.py --run '$(FOLDER)'
+
 wheelhouse: | $(INSTALLED) ## all packages as files, for a machine without an index (README says how)
 	@cd $(ROOT) && $(PY) -m pip download -qq --disable-pip-version-check -d wheelhouse -r requirements.txt
 
