@@ -1,11 +1,13 @@
 """The classic recipe and ours, trained on one corpus and held to the same movies: everything into one JSON file.
 
-    python tools/compare.py --corpus PATH --results results/compare-NAME.json
+    python tools/compare.py --corpus PATH             # to results/compare-NAME.json
+    python tools/compare.py --corpus PATH --context   # does the line before help? to results/context-NAME.json
 
 Trains into runs/compare-NAME-PROFILE (what is there already is gone on from), so a second call only measures again.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from functools import partial
@@ -20,6 +22,7 @@ from helpers.decoding import choice_accuracy, log_probability, mutual_informatio
 from helpers.metrics import commonest_reply, reply_metrics
 from helpers.run import ROOT, Run, choose_device, machine, write_text
 from helpers.settings import UserError, load_profile
+from helpers.text import EOS
 from helpers.tracking import Tracker
 from helpers.training import evaluate, fit, read_metrics, replies_of, score
 
@@ -92,25 +95,48 @@ def measure(name: str, corpus, device: torch.device) -> dict:
     return result
 
 
+def measure_context(name: str, corpus, device: torch.device) -> dict:
+    """A smaller, shorter form of our recipe with and without the line before, on the same test exchanges."""
+    small = {"embedding_size": 256, "hidden_size": 256, "dropout": 0.4, "updates": 2500, "validate_every": 250}
+    result = {"models": {}}
+    for words in (20, 0):
+        run, settings = (
+            Run.named(f"context-{name}-{words}"),
+            load_profile("cornell").change(context_words=words, **small),
+        )
+        data = prepare(corpus, settings)
+        model = fit(run, data, settings, device, Tracker("off", run.folder, {}))
+        test = data.splits["test"]
+        if words:
+            follow_ups = ((test.queries == EOS).any(1) & (test.queries[:, 0] != EOS)).nonzero()[:, 0]
+        part = Pairs(*(getattr(test, field.name)[follow_ups] for field in dataclasses.fields(Pairs)))
+        result["models"][f"{words} words of context"] = {
+            "all": evaluate(model, test.to(device)).perplexity,
+            "follow-ups": evaluate(model, part.to(device)).perplexity,
+        }
+    result |= {"corpus": data.corpus, "machine": machine() | {"device": str(device)}, "settings": settings.to_dict()}
+    return result | {"test exchanges": len(test), "follow-ups": len(part)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="cornell, or a zip, folder or jsonl")
-    parser.add_argument("--results", help="JSON file to write; by default results/compare-NAME.json")
+    parser.add_argument("--context", action="store_true", help="measure what the line before is worth instead")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
     name = Path(options.corpus).stem
+    kind, measured = ("context", measure_context) if options.context else ("compare", measure)
     try:
-        result = measure(name, read_corpus(options.corpus), choose_device(options.device))
-        path = Path(options.results or ROOT / "results" / f"compare-{name}.json")
-        write_text(path, json.dumps(result, indent=1) + "\n")
+        result = measured(name, read_corpus(options.corpus), choose_device(options.device))
+        write_text(ROOT / "results" / f"{kind}-{name}.json", json.dumps(result, indent=1) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for profile, entry in result["models"].items():
-        print(f"{profile}: {entry['short']} {entry['choice of ten']}")
-        for decoder in entry["decoders"]:
-            figures = {key: value for key, value in entry["decoders"][decoder].items() if key != "exact"}
-            print(f"    {decoder}: {figures}")
+    for model, entry in result["models"].items():
+        print(model)
+        for figure in ("short", "all", "follow-ups", "choice of ten", "decoders"):
+            if figure in entry:
+                print(f"    {figure}: {entry[figure]}")
     return 0
 
 
