@@ -181,14 +181,17 @@ def silence(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def mutual_information(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor, weight: float = 0.5) -> Tensor:
-    """ln p(T | S) - weight · ln p(T), (batch,), the MMI-antiLM objective of arXiv:1510.03055, equation 9.
+def mutual_information(
+    model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor, weight: float = 0.85, word_reward: float = 0.75
+) -> Tensor:
+    """ln p(T | S) - weight · ln p(T) + word_reward · |T|, (batch,): the MMI-antiLM objective of arXiv:1510.03055.
 
-    A reply that fits any query, such as "I don't know", has a high p(T) and loses. p(T) is the same model's
-    probability of the reply to silence, so the model must have been trained with `query_dropout`.
+    A reply that fits any query, such as "I don't know", has a high p(T) and loses; the reward keeps the shortest from
+    winning. p(T) is the same model's probability of the reply to silence, so train it with `query_dropout`.
     """
     alone = log_probability(model, *silence(len(query), query.device), replies)
-    return log_probability(model, query, lengths, replies) - weight * alone
+    words = (replies != PAD).sum(1)
+    return log_probability(model, query, lengths, replies) - weight * alone + word_reward * words
 
 
 @torch.no_grad()
@@ -198,8 +201,7 @@ def mmi(
     lengths: Tensor,
     max_words: int,
     candidates: int = 16,
-    weight: float = 0.5,
-    temperature: float = 1.0,
+    temperature: float = 0.7,
     top_k: int = 100,
     top_p: float = 0.9,
     seed: int = 0,
@@ -215,7 +217,7 @@ def mmi(
     rows = torch.arange(len(query), device=query.device).repeat_interleave(candidates)
     many, many_lengths = query[rows], lengths[rows.cpu()]
     replies = sample(model, many, many_lengths, max_words, temperature, top_k, top_p, seed)
-    scores = mutual_information(model, many, many_lengths, replies, weight)
+    scores = mutual_information(model, many, many_lengths, replies)
     scores = scores - 1e6 * _repeats(replies)
     best = scores.view(-1, candidates).argmax(1) + torch.arange(len(query), device=query.device) * candidates
     return replies[best]

@@ -184,13 +184,13 @@ def test_log_probability_is_the_training_loss(model, prepared, batch):
 def test_mutual_information_takes_off_what_a_reply_is_worth_to_silence(model, batch):
     given = log_probability(model, batch.query, batch.query_lengths, batch.targets)
     alone = log_probability(model, *silence(len(batch.query), CPU), batch.targets)
-    found = mutual_information(model, batch.query, batch.query_lengths, batch.targets, weight=0.3)
-    assert torch.allclose(found, given - 0.3 * alone)
+    found = mutual_information(model, batch.query, batch.query_lengths, batch.targets, weight=0.3, word_reward=0.5)
+    assert torch.allclose(found, given - 0.3 * alone + 0.5 * (batch.targets != PAD).sum(1))
 
 
 def test_mmi_takes_the_candidate_with_the_most_information(model, batch):
     query, lengths = batch.query[:1], batch.query_lengths[:1]
-    drawn = sample(model, query.repeat(6, 1), lengths.repeat(6), 12, top_k=100, top_p=0.9, seed=5)
+    drawn = sample(model, query.repeat(6, 1), lengths.repeat(6), 12, temperature=0.7, top_k=100, top_p=0.9, seed=5)
     scores = mutual_information(model, query.repeat(6, 1), lengths.repeat(6), drawn)
     chosen = mmi(model, query, lengths, 12, candidates=6, seed=5)[0]
     words = drawn[scores.argmax()]
