@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from helpers.settings import UserError, load_profile, parse_changes
 
@@ -19,8 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the last checkpoint is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone: a normal end for a filter
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,12 +38,13 @@ def train(options: argparse.Namespace) -> None:
     run = Run(options.run)
     device = choose_device(options.device)
     settings = load_profile(options.profile).change(**parse_changes(options.set))
-    if run.checkpoint.exists() and not options.resume:
-        raise UserError(f"{shown(run.checkpoint)} exists. Add --resume to go on from it, or choose another --run.")
-    prepared = prepare(read_corpus(options.corpus), settings)
-    prepared.save(run.data)
-    with Tracker(options.wandb, run.wandb, settings.to_dict()) as tracker:
-        fit(run, prepared, settings, device, tracker, resume=options.resume)
+    with run.locked():
+        if run.checkpoint.exists() and not options.resume:
+            raise UserError(f"{shown(run.checkpoint)} exists. Add --resume to go on from it, or choose another --run.")
+        prepared = prepare(read_corpus(options.corpus), settings)
+        prepared.save(run.data)
+        with Tracker(options.wandb, run.wandb, settings.to_dict()) as tracker:
+            fit(run, prepared, settings, device, tracker, resume=options.resume)
     progress = json.loads(run.manifest.read_text())["progress"]
     print(f"best validation loss {progress['best_loss']:.4f} at update {progress['best_update']}: {shown(run.folder)}")
 
@@ -57,7 +57,8 @@ def score(options: argparse.Namespace) -> None:
 
     texts = []
     try:
-        lines = Path(options.pairs).read_text(encoding="utf-8").splitlines()
+        with open(options.pairs, encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{options.pairs} cannot be read ({error}). Give a UTF-8 file of query, tab, response."

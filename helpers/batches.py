@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers.corpus import Corpus, Exchange
-from helpers.run import atomic_write, digest, shown
+from helpers.run import digest, read_tensors, shown, write_tensors
 from helpers.settings import DATA_SETTINGS, Settings, UserError
 from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise
 
@@ -157,16 +157,17 @@ class Prepared:
             "corpus": self.corpus,
             "digest": self.digest,
         }
-        with atomic_write(path) as file:
-            torch.save(state, file)
+        write_tensors(path, state)
 
     @classmethod
     def load(cls, path: Path) -> Prepared:
         """What `save` wrote. Raises UserError if the file is missing, damaged or of another format."""
+        if not path.is_file():
+            raise UserError(f"{shown(path)} is missing: notebook 01_data_preparation makes it. Run that first.")
+        state = read_tensors(path, "Delete it and prepare the data again.")
+        if state.get("format") != FORMAT:
+            raise UserError(f"{shown(path)} is not of format {FORMAT}: delete it and prepare the data again.")
         try:
-            state = torch.load(path, weights_only=True)
-            if state["format"] != FORMAT:
-                raise UserError(f"{shown(path)} has format {state['format']}, not {FORMAT}: prepare the data again.")
             return cls(
                 Settings().change(**state["settings"]),
                 Vocabulary.from_json(state["vocabulary"]),
@@ -177,15 +178,8 @@ class Prepared:
                 state["corpus"],
                 state["digest"],
             )
-        except FileNotFoundError:
-            raise UserError(
-                f"{shown(path)} is missing: notebook 01_data_preparation makes it. Run that first."
-            ) from None
-        except UserError:
-            raise
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"{shown(path)} cannot be read ({reason}). Delete it and prepare the data again.") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{shown(path)} is incomplete ({error!r}). Delete it and prepare the data again.") from None
 
 
 def prepare(corpus: Corpus, settings: Settings) -> Prepared:

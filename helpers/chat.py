@@ -134,7 +134,7 @@ def heat_map(bot: Chatbot, reply: Reply | None) -> str:
 def terminal(bot: Chatbot, decoder: str = "", seed: int = 0, raw: bool = False) -> None:
     """Talk in a terminal, or in a pipe when the input is none."""
     bot.search(decoder or bot.decoders[0])  # a wrong name is told before the first line is read
-    sys.stdin.reconfigure(errors="replace")
+    sys.stdin.reconfigure(errors="replace", newline="\n")  # a lone carriage return ends no line
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # a Python without it has no history, and else works
             importlib.import_module("readline")  # gives input() arrow keys and a history

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from helpers.model import Seq2Seq
-from helpers.run import atomic_write, shown
+from helpers.run import read_tensors, shown, write_tensors
 from helpers.settings import Settings, UserError
 from helpers.text import Vocabulary
 
@@ -17,8 +17,7 @@ KEYS = {"format", "settings", "vocabulary", "digest", "precision", "model", "bes
 
 def save(path: Path, state: dict) -> None:
     """Write the state in one piece: either the new checkpoint is there, whole, or the old one is."""
-    with atomic_write(path) as file:
-        torch.save(state | {"format": FORMAT}, file)
+    write_tensors(path, state | {"format": FORMAT})
 
 
 def load(path: Path) -> dict:
@@ -30,24 +29,30 @@ def load(path: Path) -> dict:
         raise UserError(
             f"{shown(path)} is missing: notebook 03_training or 'python -m helpers train' makes it. Run that first."
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for damaged and for hostile files
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{shown(path)} cannot be loaded ({reason}). Use another checkpoint, or train again.") from None
-    if not isinstance(state, dict) or set(state) != KEYS or state["format"] != FORMAT:
+    state = read_tensors(path, "Use another checkpoint, or train again.")
+    if set(state) != KEYS or state["format"] != FORMAT:
         raise UserError(f"{shown(path)} is not a checkpoint of this project in format {FORMAT}. Train again.")
     return state
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Seq2Seq, Vocabulary, Settings]:
-    """The model with the best validation loss, ready to answer, with its vocabulary and settings."""
+    """The model with the best validation loss, ready to answer, with its vocabulary and settings.
+
+    Of a training that was stopped before its first validation, the model as it was then. Raises UserError if the file
+    is missing, damaged, or does not fit its own settings.
+    """
     state = load(path)
-    settings = Settings().change(**state["settings"])
-    vocabulary = Vocabulary.from_json(state["vocabulary"])
-    model = Seq2Seq(settings, len(vocabulary))
     try:
-        model.load_state_dict(state["best_model"])
-    except RuntimeError as error:
-        raise UserError(f"{shown(path)} does not fit its own settings: {str(error).splitlines()[0]}") from None
+        settings = Settings().change(**state["settings"])
+        vocabulary = Vocabulary.from_json(state["vocabulary"])
+        weights = state["best_model"] if state["progress"]["best_update"] else state["model"]
+        with torch.device("meta"):  # its shapes alone: settings that lie must not take memory
+            shapes = {name: tensor.shape for name, tensor in Seq2Seq(settings, len(vocabulary)).state_dict().items()}
+        if {name: tensor.shape for name, tensor in weights.items()} != shapes:
+            raise UserError("the weights are of other shapes")
+        model = Seq2Seq(settings, len(vocabulary))
+        model.load_state_dict(weights)
+    except (UserError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{shown(path)} does not fit its own settings ({reason}). Use another one.") from None
     return model.to(device).eval(), vocabulary, settings

@@ -8,10 +8,14 @@ import hashlib
 import http.client
 import io
 import json
+import lzma
+import os
 import re
+import struct
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -28,12 +32,15 @@ URL = "https://www.cs.cornell.edu/~cristian/data/cornell_movie_dialogs_corpus.zi
 SHA256 = "3bde8a571f615201bc2d2453e22878090719638592f774720eddec739de8c900"
 LINES, CONVERSATIONS, UTTERANCES = "movie_lines.txt", "movie_conversations.txt", "utterances.jsonl"
 LARGEST_FILE = 1 << 30  # bytes; a zip member that claims or turns out to be larger is refused
+LONGEST_LINE = 1 << 24  # bytes
 
 _SEPARATOR = " +++$+++ "
 _ID_LIST = re.compile(r"\['[^',\s]+'(?:, '[^',\s]+')*\]")
 _ID = re.compile(r"'([^',\s]+)'")
 _NUMBER = re.compile(r"\d+")
 _HIGH_BYTES = re.compile(rb"[\x80-\xff]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: JSON can escape it, but it is no character
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, RuntimeError, ValueError)
 _REPLACEMENT = b"\xef\xbf\xbd"  # U+FFFD, which stands in the published files where a conversion once failed
 
 
@@ -71,8 +78,10 @@ def read_corpus(source: str | Path) -> Corpus:
         return _read_path(sample.write_corpus(DATA / "sample"), "sample")
     if source == "cornell":
         return _read_path(download(URL, DATA / URL.rsplit("/", 1)[1], SHA256), "cornell")
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(source)
+    with contextlib.suppress(RuntimeError):  # ~name of nobody
+        path = path.expanduser()
+    if not (os.path.isfile(path) or os.path.isdir(path)):
         raise CorpusError(
             f"There is no corpus at {path}. Give 'sample', 'cornell', or the path of a zip, a folder with {LINES} and "
             f"{CONVERSATIONS}, or ConvoKit's {UTTERANCES}."
@@ -138,23 +147,25 @@ def _read_path(path: Path, name: str) -> Corpus:
     """Find the corpus files in a folder, a zip or a jsonl file, and read them where they are."""
     with contextlib.ExitStack() as stack:
         if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if file.name in (LINES, CONVERSATIONS, UTTERANCES)]
-            files = {file.name: stack.enter_context(open(file, "rb")) for file in reversed(found)}
+            wanted = (LINES, CONVERSATIONS, UTTERANCES)
+            found = [file for file in sorted(path.rglob("*")) if file.name in wanted and file.is_file()]
+            files = {file.name: stack.enter_context(_open(file)) for file in reversed(found)}
             names = [file.name for file in found]
         elif path.suffix == ".jsonl":
-            files, names = {UTTERANCES: stack.enter_context(open(path, "rb"))}, [UTTERANCES]
+            files, names = {UTTERANCES: stack.enter_context(_open(path))}, [UTTERANCES]
         else:
             try:
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 found = [m for m in archive.infolist() if Path(m.filename).name in (LINES, CONVERSATIONS, UTTERANCES)]
                 found = [m for m in found if not m.filename.startswith("__MACOSX")]  # the official zip carries such
                 for member in found:
-                    if member.file_size > LARGEST_FILE:
+                    swollen = member.file_size > max(LONGEST_LINE, 100 * member.compress_size)  # text shrinks to 1/10
+                    if member.file_size > LARGEST_FILE or swollen:
                         raise CorpusError(f"{path}: {member.filename} claims {member.file_size:,} bytes; refused.")
                 files = {Path(m.filename).name: stack.enter_context(archive.open(m)) for m in found}
                 names = [Path(m.filename).name for m in found]
-            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-                with open(path, "rb") as file:
+            except _DAMAGE as error:
+                with _open(path) as file:
                     page = file.read(512).lstrip()[:1] == b"<"
                 why = "it looks like a web page" if page else str(error)
                 raise CorpusError(f"{path} is not a zip file that can be read ({why}). Fetch it again.") from None
@@ -169,9 +180,16 @@ def _read_path(path: Path, name: str) -> Corpus:
             else:
                 wanted = f"{LINES} and {CONVERSATIONS}, or {UTTERANCES}"
                 raise CorpusError(f"{path} does not hold {wanted}; it holds {', '.join(names) or 'none of them'}.")
-        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+        except _DAMAGE as error:
             raise CorpusError(f"{path} is damaged ({error}). Fetch it again.") from None
     return _exchanges(name, texts, conversations, hashed.hexdigest())
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 class _Conversation(NamedTuple):
@@ -225,13 +243,15 @@ def _read_convokit(lines: Iterable[tuple[int, str]]) -> tuple[dict[str, str], li
             conversation = utterance.get("conversation_id") or utterance["root"]
             reply_to = utterance.get("reply-to", utterance.get("reply_to"))
             movie = (utterance.get("meta") or {}).get("movie_id") or conversation
+            line_id, text, conversation, movie = (
+                _SURROGATE.sub(" ", value) for value in (line_id, text, conversation, movie)
+            )
+            reply_to = _SURROGATE.sub(" ", reply_to) if reply_to else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorpusError(
                 f"{UTTERANCES}, line {number}: expected a JSON object with id, conversation_id, text and reply-to "
                 f"({type(error).__name__}: {error})."
             ) from None
-        if not all(isinstance(value, str) for value in (line_id, text, conversation, movie, reply_to or "")):
-            raise CorpusError(f"{UTTERANCES}, line {number}: id, conversation_id, text and reply-to must be strings.")
         if line_id in texts:
             raise CorpusError(f"{UTTERANCES}, line {number}: the id {line_id} stands there a second time.")
         texts[line_id] = text
@@ -269,7 +289,10 @@ def _order(line_id: str) -> tuple[int, str]:
 def _lines(file: BinaryIO, name: str, hashed) -> Iterator[tuple[int, str]]:
     """Numbered lines of a file in ISO-8859-1 (the Cornell files) or UTF-8 (jsonl), hashed on the way."""
     size = 0
-    for number, line in enumerate(io.BufferedReader(file, 1 << 20), 1):
+    reader = io.BufferedReader(file, 1 << 20)
+    for number, line in enumerate(iter(lambda: reader.readline(LONGEST_LINE + 1), b""), 1):
+        if len(line) > LONGEST_LINE:
+            raise CorpusError(f"{name}, line {number}: is longer than {LONGEST_LINE:,} bytes; refused.")
         hashed.update(line)
         size += len(line)
         if size > LARGEST_FILE:

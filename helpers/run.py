@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import io
 import json
 import os
 import platform
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import torch
+from filelock import FileLock, Timeout
 
 from helpers.settings import Settings, UserError
 
@@ -51,11 +54,46 @@ class Run:
             raise UserError(f"{shown(path)} is missing: {made_by} makes it. Run that first, with the same run name.")
         return path
 
+    def facts(self) -> dict:
+        """What the manifest holds. Raises UserError if it cannot be read."""
+        try:
+            facts = json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.is_file() else {}
+            return dict(facts)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{shown(self.manifest)} cannot be read ({error}). Delete it; it is written anew."
+            ) from None
+
     def record(self, **facts) -> None:
         """Add facts to the manifest, next to the versions and the machine's description."""
-        manifest = json.loads(self.manifest.read_text()) if self.manifest.is_file() else {}
-        manifest.update(machine(), **facts)
-        write_text(self.manifest, json.dumps(manifest, indent=2) + "\n")
+        write_text(self.manifest, json.dumps(self.facts() | machine() | facts, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training into this folder; what a killed one left half-written is removed.
+
+        The lock of a process that is gone is free. Raises UserError that names the process which holds it.
+        """
+        path = self.folder / ".lock"
+        with _writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, is_singleton=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
+                raise UserError(
+                    f"{shown(self.folder)} is in use by {holder}. Wait for it to end, or choose another run."
+                ) from None
+        try:
+            with _writing(path):
+                path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+                for own in (self.checkpoint, self.metrics):
+                    for half_written in self.folder.glob(f".{own.name}.*.tmp"):
+                        half_written.unlink()
+            yield
+        finally:
+            lock.release()
 
 
 def shown(path: str | Path) -> str:
@@ -103,23 +141,68 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
     Raises UserError if it cannot be written (disk full, read-only folder); the old file then stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be written: {error.strerror or error}. Nothing was changed.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{shown(path)} cannot be written: {error.strerror or error}. What was there before is kept; "
+            "make room or choose another folder."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file in one piece."""
     with atomic_write(path, "w") as file:
         file.write(text)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a text file and wait until it is on disk. Raises UserError if it cannot be written."""
+    with _writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, state: dict) -> None:
+    """Write tensors and plain values in one piece: either the new file is there, whole, or the old one is."""
+    buffer = io.BytesIO()  # writing straight to a full disk, torch.save hides the reason in an error of its own
+    torch.save(state, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def read_tensors(path: Path, remedy: str) -> dict:
+    """What `write_tensors` wrote, on the CPU. Nothing but tensors and plain values is unpickled: no code can run.
+
+    Raises UserError that ends in the remedy if the file is damaged, or holds anything else or more than its size.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed, which PyTorch's own files are not")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
+    except Exception as error:  # torch.load raises many kinds for damaged and for hostile files
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{shown(path)} cannot be loaded ({reason}). {remedy}") from None
 
 
 def digest(*parts: bytes | str) -> str:
@@ -139,14 +222,14 @@ def training_digest(settings: Settings, data_digest: str) -> str:
 
 
 def start_notebook() -> None:
-    """For a notebook's first cell: print the versions, and let a UserError end in its sentence, not in a traceback."""
+    """For a notebook's first cell: print the versions, and let a UserError or Ctrl-C end without a traceback."""
     print(f"Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     from IPython import get_ipython
 
     def sentence(shell, kind, error, traceback, tb_offset=None) -> None:
         shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
 
-    get_ipython().set_custom_exc((UserError,), sentence)
+    get_ipython().set_custom_exc((UserError, KeyboardInterrupt), sentence)
 
 
 def show(thing) -> None:

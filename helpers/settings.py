@@ -16,6 +16,11 @@ PROFILES = Path(__file__).resolve().parent.parent / "notebooks" / "profiles"
 class UserError(Exception):
     """Something that the reader can put right: the message says what, where and what to do next."""
 
+    def __str__(self) -> str:
+        """One line, whatever a hostile file put into it: at most 1,000 characters, nothing that steers a terminal."""
+        line = " ".join(super().__str__().split())[:1000]
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

@@ -14,10 +14,23 @@ PAD, SOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<sos>", "<eos>", "<unk>")
 
 _TAGS = re.compile(r"</?[a-zA-Z]{1,10}>")  # the corpus marks emphasis as in HTML: <u>you</u>
-_APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u0091\u0092\u00b4", "'"))  # 91, 92: Windows-1252
+_APOSTROPHES = "\u2018\u2019\u02bc\u0091\u0092\u00b4"  # 91 and 92 are Windows-1252's
 _WORDS = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*|[.!?]")
 _SENTENCE_START = re.compile(r"(^|[.!?] )([a-z])")
 _FIRST_PERSON = re.compile(r"\bi(?=\b(?!')|'(?:m|ll|ve|d)\b)")
+
+
+class _Unaccented(dict):
+    """For str.translate: each character in NFD without its marks, found once. A character at a time, because NFD of a
+    whole text takes time quadratic in a run of marks, and a hostile line is nothing else."""
+
+    def __missing__(self, code: int) -> str:
+        parts = unicodedata.normalize("NFD", chr(code))
+        self[code] = "".join(part for part in parts if unicodedata.category(part) != "Mn")
+        return self[code]
+
+
+_UNACCENTED = _Unaccented(str.maketrans(dict.fromkeys(_APOSTROPHES, "'")))
 
 
 def tokenise(text: str) -> list[str]:
@@ -30,8 +43,7 @@ def tokenise(text: str) -> list[str]:
     """
     text = _TAGS.sub(" ", text)
     if not text.isascii():
-        text = unicodedata.normalize("NFD", text.translate(_APOSTROPHES))
-        text = "".join(character for character in text if unicodedata.category(character) != "Mn")
+        text = text.translate(_UNACCENTED)
     return _WORDS.findall(text.lower())
 
 
@@ -99,6 +111,8 @@ class Vocabulary:
         """The vocabulary that `to_json` wrote. Raises UserError if the text is not one."""
         try:
             data = json.loads(text)
-            return cls([str(word) for word in data["words"]], int(data["unknown_types"]))
-        except (ValueError, TypeError, KeyError) as error:
+            if foreign := [word for word in data["words"] if not _WORDS.fullmatch(word)]:
+                raise UserError(f"A vocabulary cannot hold {foreign[0][:40]!r}, which no text is split into.")
+            return cls(data["words"], int(data["unknown_types"]))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise UserError(f"This is not a vocabulary's JSON ({error!r}).") from None

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import random
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +24,7 @@ from helpers.batches import Batch, BucketedSampler, Pairs, Prepared
 from helpers.decoding import greedy
 from helpers.metrics import Likelihood
 from helpers.model import Seq2Seq, parameter_count
-from helpers.run import Run, shown, training_digest, write_text
+from helpers.run import Run, append_text, machine, shown, training_digest, write_text
 from helpers.settings import Settings, UserError
 from helpers.text import UNK, Vocabulary, tokenise
 from helpers.tracking import Tracker
@@ -70,22 +76,13 @@ def learning_rate(settings: Settings, update: int) -> float:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """`fp32` or `bf16`; `auto` times a matrix product in both and takes bf16 where it is clearly faster."""
+    """`fp32` or `bf16`; `auto` takes bf16 where the device has units for it: the same choice on every run."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        a @ a
-        timings = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a
-            timings.append(time.perf_counter() - start)
-        seconds[dtype] = min(timings)
-    return "bf16" if seconds[torch.bfloat16] < 0.6 * seconds[torch.float32] else "fp32"
+    has_units = any(there and "bf16" in name for name, there in torch.cpu.get_capabilities().items())
+    return "bf16" if has_units else "fp32"
 
 
 def batch_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
@@ -161,6 +158,37 @@ def replies_of(model: Seq2Seq, pairs: Pairs, vocabulary: Vocabulary, max_words: 
     return replies
 
 
+def _alone_in_its_folder(function):
+    @functools.wraps(function)
+    def locked(run: Run, *arguments, **options):
+        with run.locked():
+            return function(run, *arguments, **options)
+
+    return locked
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that Ctrl-C adds to, instead of breaking in between two tensors; a second one breaks in."""
+    asked: list[int] = []
+
+    def note(number, frame) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield asked
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@_alone_in_its_folder
 def fit(
     run: Run,
     prepared: Prepared,
@@ -176,7 +204,10 @@ def fit(
     Every `validate_every` updates the validation loss is measured and the checkpoint written. With `resume` a
     checkpoint of the same settings, data and code is gone on from, and what comes out is what an uninterrupted run
     would have given; any other checkpoint in the folder is kept as `checkpoint.previous.pt`. Each update's random
-    numbers are a function of (seed, update), so none need saving. Raises UserError when the loss is not finite.
+    numbers are a function of (seed, update), so none need saving.
+
+    Ctrl-C ends the update in progress, writes the checkpoint and raises KeyboardInterrupt. Raises UserError when a
+    loss or gradient is not finite (the last checkpoint is kept), or when another process trains in this folder.
     """
     digest = training_digest(settings, prepared.digest)
     model = new_model(settings, len(prepared.vocabulary)).to(device)
@@ -187,7 +218,9 @@ def fit(
         precision = choose_precision(settings.precision, device)
         best_model = _copy(model)
         if run.checkpoint.exists():
-            run.checkpoint.replace(run.checkpoint.with_name("checkpoint.previous.pt"))
+            previous = run.checkpoint.replace(run.checkpoint.with_name("checkpoint.previous.pt"))
+            if resume:
+                print(f"{shown(previous)} is of other settings, data or code: training starts anew", file=sys.stderr)
         write_text(run.metrics, "")
     else:
         precision, best_model = state["precision"], state["best_model"]
@@ -195,7 +228,9 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         progress = Progress(**state["progress"])
         kept = [row for row in read_metrics(run) if row["update"] <= progress.update]
-        write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(run.metrics, _as_lines(kept))
+    if progress.update < settings.updates and not progress.stopped:
+        _record_machine(run, device, progress.update)
 
     train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
     batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
@@ -203,19 +238,36 @@ def fit(
     model.train()
     with (
         torch.random.fork_rng(),
+        _ctrl_c() as stop,
         tqdm(total=settings.updates, initial=progress.update, disable=not progress_bar, unit="update") as bar,
     ):
-        while progress.update < settings.updates and not progress.stopped:
+        while progress.update < settings.updates and not progress.stopped and not stop:
             started = time.perf_counter()
-            row = _update(model, optimizer, train.batch(next(batches)), settings, progress.update, precision)
+            batch = train.batch(indices := next(batches))
+            try:
+                row = _update(model, optimizer, batch, settings, progress.update, precision)
+            except FloatingPointError as error:
+                append_text(run.metrics, _as_lines(rows))
+                first = " ".join(prepared.vocabulary.decode(batch.query[0].tolist()))
+                raise UserError(
+                    f"Update {progress.update + 1}: {error}, in the batch of training examples "
+                    f"{', '.join(map(str, indices[:8].tolist()))} … (the first query is {first!r}). {_kept(run)} "
+                    "Try a lower learning_rate, clip=1, or precision=fp32."
+                ) from None
             progress.update += 1
             rows.append({"update": progress.update, **row, "seconds": round(time.perf_counter() - started, 4)})
             bar.update()
             if progress.update % 20 == 0:
                 tracker.log({"loss": row["loss"], "learning_rate": row["learning_rate"]}, progress.update)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
-            if progress.update % settings.validate_every == 0 or progress.update == settings.updates:
+            due = progress.update % settings.validate_every == 0 or progress.update == settings.updates
+            if due:
                 loss = evaluate(model, validation).per_token
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"The validation loss after update {progress.update} is {loss}. {_kept(run)} "
+                        "Try a lower learning_rate, clip=1, or precision=fp32."
+                    )
                 progress.stale += 1
                 if loss < progress.best_loss:
                     progress.best_loss, progress.best_update, progress.stale = loss, progress.update, 0
@@ -223,8 +275,8 @@ def fit(
                 progress.stopped = 0 < settings.patience <= progress.stale
                 rows.append({"update": progress.update, "validation_loss": loss})
                 tracker.log({"validation_loss": loss}, progress.update)
-                with open(run.metrics, "a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+            if due or stop:
+                append_text(run.metrics, _as_lines(rows))
                 rows = []
                 state = {
                     "settings": settings.to_dict(),
@@ -237,6 +289,8 @@ def fit(
                     "progress": dataclasses.asdict(progress),
                 }
                 checkpoint.save(run.checkpoint, state)
+    if progress.update < settings.updates and not progress.stopped:
+        raise KeyboardInterrupt(f"stopped after update {progress.update}; {_kept(run)} Resume to go on from there.")
     tracker.summary(best_validation_loss=progress.best_loss, best_update=progress.best_update)
     run.record(
         settings=settings.to_dict(),
@@ -267,7 +321,10 @@ def read_metrics(run: Run) -> list[dict]:
 def _update(
     model: Seq2Seq, optimizer: torch.optim.Optimizer, batch: Batch, settings: Settings, update: int, precision: str
 ) -> dict[str, float]:
-    """One step of the optimiser; returns loss, gradient norm, learning rate and tokens."""
+    """One step of the optimiser; returns loss, gradient norm, learning rate and tokens.
+
+    Raises FloatingPointError, before the step, if loss or gradient is not finite.
+    """
     torch.manual_seed(settings.seed * 1_000_003 + update)
     rate = learning_rate(settings, update)
     for group in optimizer.param_groups:
@@ -284,10 +341,7 @@ def _update(
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
     loss_value, norm_value = loss.item(), norm.item()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        raise UserError(
-            f"Update {update + 1}: the loss is {loss_value} and the gradient norm {norm_value}. The checkpoint before "
-            "it is kept. Try a lower learning_rate, clip=1, or precision=fp32."
-        )
+        raise FloatingPointError(f"the loss is {loss_value} and the gradient norm {norm_value}")
     optimizer.step()
     return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate, "tokens": tokens}
 
@@ -298,6 +352,30 @@ def _resumable(run: Run, digest: str) -> dict | None:
         return None
     state = checkpoint.load(run.checkpoint)
     return state if state["digest"] == digest else None
+
+
+def _record_machine(run: Run, device: torch.device, update: int) -> None:
+    """Note in the manifest what the updates from this one on are made with; say so if that was something else."""
+    here = {name: machine()[name] for name in ("threads", "processor", "torch")} | {"device": str(device)}
+    before = [entry for entry in run.facts().get("trained_with", []) if entry["from_update"] < update]
+    changed = [
+        f"{name} {here[name]} instead of {before[-1][name]}"
+        for name in here
+        if before and before[-1][name] != here[name]
+    ]
+    if changed:
+        print(f"resumed with {', '.join(changed)}: the result may differ in its last digits", file=sys.stderr)
+    if changed or not before:
+        before.append({"from_update": update, **here})
+    run.record(trained_with=before)
+
+
+def _kept(run: Run) -> str:
+    return f"{shown(run.checkpoint)} is kept." if run.checkpoint.exists() else "No checkpoint was written yet."
+
+
+def _as_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _copy(model: Seq2Seq) -> dict[str, Tensor]:

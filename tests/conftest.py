@@ -20,6 +20,7 @@ from helpers.tracking import Tracker
 from helpers.training import fit
 
 CPU = torch.device("cpu")
+SOAK = bool(os.environ.get("CHATBOT_SOAK"))  # the long series of faults and hostile inputs: make soak
 EXCERPT = Path(__file__).resolve().parents[2] / "shared" / "corpus" / "cornell_excerpt.zip"
 TINY = Settings(
     embedding_size=24, hidden_size=24, layers=2, dropout=0.2, updates=12, batch_size=32, validate_every=4,

@@ -62,7 +62,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, trained, monkeypatch)
     def disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("torch.save", disk_full)
+    monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(UserError, match="No space left"):
         checkpoint.save(run.checkpoint, state)
     assert run.checkpoint.read_bytes() == before

@@ -1,0 +1,361 @@
+"""What machines do to a long training: killed, full disks, Ctrl-C, a second run. `make soak` runs the long series."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from helpers import checkpoint, training
+from helpers.__main__ import main
+from helpers.batches import prepare
+from helpers.corpus import read_corpus
+from helpers.run import Run
+from helpers.settings import UserError
+from helpers.tracking import Tracker
+from helpers.training import batch_loss, fit, read_metrics
+from tests.conftest import CPU, SOAK, TINY, off
+
+# The command line, telling in a pipe when a validation (v) and a write of the checkpoint (c) begin and end (.).
+DRIVER = """
+import os, sys
+from helpers import checkpoint, training
+from helpers.__main__ import main
+
+def told(letter, function):
+    def inner(*arguments, **options):
+        os.write(PIPE, letter)
+        result = function(*arguments, **options)
+        os.write(PIPE, b".")
+        return result
+    return inner
+
+PIPE = int(sys.argv.pop(1))
+training.evaluate = told(b"v", training.evaluate)
+checkpoint.save = told(b"c", checkpoint.save)
+sys.exit(main(sys.argv[1:]))
+"""
+PHASES = {"c": "checkpoint write", "v": "validation", ".": "step"}
+LONG = TINY.change(
+    embedding_size=64, hidden_size=64, updates=60, validate_every=4, schedule="cosine", warmup_updates=5
+)  # fmt: skip
+VARIANTS = [(optimizer, precision) for optimizer in ("adam", "adamw", "sgd") for precision in ("fp32", "bf16")]
+KILLS = 4 if SOAK else 3  # of each variant
+
+
+class Training:
+    """`python -m helpers train` in a process of its own, watched through the driver's pipe."""
+
+    def __init__(self, corpus, profile, folder, *more) -> None:
+        self.pipe, theirs = os.pipe()
+        command = [sys.executable, "-c", DRIVER, str(theirs), "train", "--corpus", str(corpus)]
+        command += ["--run", str(folder), "--profile", str(profile), "--resume", *more]
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        os.close(theirs)
+        self.told = ""
+
+    def wait_for(self, letters: str) -> None:
+        """Until these letters have been told, in this order, from now on."""
+        for letter in letters:
+            while True:
+                byte = os.read(self.pipe, 1).decode()
+                assert byte, self.process.communicate()
+                self.told += byte
+                if byte == letter:
+                    break
+
+    def end(self, number: int) -> tuple[int, str, str]:
+        """Send a signal (0: none); exit status, standard error, and the last thing told: where it was hit."""
+        if number:
+            assert self.process.poll() is None, "it had ended already"
+            self.process.send_signal(number)
+        _, error = self.process.communicate(timeout=60)
+        while byte := os.read(self.pipe, 4096):
+            self.told += byte.decode()
+        os.close(self.pipe)
+        assert "Traceback" not in error, error
+        return self.process.returncode, error, self.told[-1:]
+
+
+@pytest.fixture(scope="module")
+def reference(corpus_folder, tmp_path_factory):
+    """Of an optimiser and a precision: the profile's file, the settings, all states and the metrics, uninterrupted."""
+    made = {}
+
+    def make(optimizer: str, precision: str):
+        if (optimizer, precision) not in made:
+            folder = tmp_path_factory.mktemp("reference")
+            profile = folder / "profile.yaml"
+            settings = LONG.change(optimizer=optimizer, precision=precision, decoder_learning_ratio=2.0)
+            profile.write_text(yaml.safe_dump(settings.to_dict()))
+            run, states, save = Run(folder / "run"), {}, checkpoint.save
+
+            def keep(path, state):
+                save(path, state)
+                states[state["progress"]["update"]] = checkpoint.load(path)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(checkpoint, "save", keep)
+                fit(run, prepare(read_corpus(corpus_folder), settings), settings, CPU, off(run), progress_bar=False)
+            made[optimizer, precision] = profile, settings, states, timeless(run)
+        return made[optimizer, precision]
+
+    return make
+
+
+def timeless(run: Run) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(run)]
+
+
+def equal(a, b) -> bool:
+    """The same, tensors bit for bit, however deep."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def assert_whole(folder, states: dict, rows: list[dict]) -> None:
+    """A finished run equals the uninterrupted one: weights, best weights, optimiser, rates, progress, each step once."""
+    run = Run(folder)
+    assert equal(checkpoint.load(run.checkpoint), states[LONG.updates])
+    assert timeless(run) == rows
+    assert [row["update"] for row in rows if "loss" in row] == list(range(1, LONG.updates + 1))
+    assert not list(run.folder.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), VARIANTS if SOAK else VARIANTS[3:4])
+def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_nothing_had_happened(
+    reference, corpus_folder, tmp_path, optimizer, precision
+):
+    profile, _, states, rows = reference(optimizer, precision)
+    chance = random.Random(f"{optimizer} {precision}")
+    aims = ["c", "v", ".", chance.choice("cv.")][:KILLS]
+    chance.shuffle(aims)
+    hit = []
+    for aim in aims:
+        child = Training(corpus_folder, profile, tmp_path)
+        child.wait_for("c." * chance.randint(1, 2))  # a checkpoint of its own first, so that each resume is seen
+        if aim != ".":
+            child.wait_for(aim)
+        time.sleep(chance.random() * {"c": 0.006, "v": 0.02, ".": 0.03}[aim])
+        status, _, last = child.end(signal.SIGKILL)
+        assert status == -signal.SIGKILL
+        hit.append(last)
+        state = checkpoint.load(Run(tmp_path).checkpoint)
+        assert equal(state, states[state["progress"]["update"]])
+    assert Training(corpus_folder, profile, tmp_path).end(0)[0] == 0
+    assert_whole(tmp_path, states, rows)
+    counts = ", ".join(f"{hit.count(letter)} in a {name}" for letter, name in PHASES.items())
+    print(f"\n{optimizer} {precision}: {len(hit)} kills ({counts}), every state and the end bit for bit the same")
+
+
+def test_ctrl_c_keeps_what_was_trained_and_says_so(reference, corpus_folder, tmp_path):
+    profile, _, states, rows = reference("adamw", "bf16")
+    child = Training(corpus_folder, profile, tmp_path)
+    child.wait_for("c.")
+    time.sleep(0.02)
+    status, error, _ = child.end(signal.SIGINT)
+    assert status == 130
+    update = checkpoint.load(Run(tmp_path).checkpoint)["progress"]["update"]
+    assert f"stopped after update {update};" in error
+    assert "Resume" in error
+    assert [row["update"] for row in read_metrics(Run(tmp_path)) if "loss" in row] == list(range(1, update + 1))
+    assert Training(corpus_folder, profile, tmp_path).end(0)[0] == 0
+    assert_whole(tmp_path, states, rows)
+
+
+class CtrlC(Tracker):
+    """Presses Ctrl-C, twice if told so, when a validation has been logged."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__("off", None, {})
+        self.times = times
+
+    def log(self, values, update):
+        if "validation_loss" in values:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_model_stopped_before_its_first_validation_is_the_one_that_was_trained(prepared, tmp_path, monkeypatch):
+    run, settings = Run(tmp_path), TINY.change(validate_every=1000)
+    update = training._update
+
+    def pressed(*arguments):
+        if arguments[4] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*arguments)
+
+    monkeypatch.setattr(training, "_update", pressed)
+    with pytest.raises(KeyboardInterrupt, match="stopped after update 6;"):
+        fit(run, prepared, settings, CPU, off(run), progress_bar=False)
+    model = checkpoint.load_model(run.checkpoint, CPU)[0]
+    assert equal(dict(model.state_dict()), checkpoint.load(run.checkpoint)["model"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(prepared, tmp_path):
+    run = Run(tmp_path)
+    fit(run, prepared, TINY, CPU, off(run), progress_bar=False)
+    before = run.checkpoint.read_bytes()
+    settings = TINY.change(learning_rate=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, prepared, settings, CPU, CtrlC(2), progress_bar=False)
+    assert not run.checkpoint.exists()
+    assert run.checkpoint.with_name("checkpoint.previous.pt").read_bytes() == before
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """A disk that is full once a file has this many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_stops_with_a_word_and_spoils_nothing(reference, corpus_folder, tmp_path, capsys):
+    profile, _, states, rows = reference("adamw", "bf16")
+    run = Run(tmp_path)
+    child = Training(corpus_folder, profile, tmp_path)
+    child.wait_for("c.c.")
+    child.end(signal.SIGKILL)
+    before, at = run.checkpoint.read_bytes(), checkpoint.load(run.checkpoint)["progress"]["update"]
+    command = ["train", "--corpus", str(corpus_folder), "--run", str(tmp_path), "--profile", str(profile), "--resume"]
+    assert run.metrics.stat().st_size < run.data.stat().st_size < len(before)
+    for size, file in [
+        (len(before) - 1, "checkpoint.pt"),
+        (run.data.stat().st_size - 1, "data.pt"),
+        (run.metrics.stat().st_size - 1, "data.pt"),
+        (0, ".lock"),
+    ]:
+        with largest_file(size):
+            assert main(command) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert f"{file} cannot be written: File too large" in error
+        assert run.checkpoint.read_bytes() == before
+        assert not list(tmp_path.glob(".*.tmp"))
+    assert main(command) == 0
+    assert_whole(tmp_path, states, rows)
+    assert at < LONG.updates
+
+
+def test_metrics_that_cannot_be_written_stop_with_a_word(prepared, tmp_path):
+    run = Run(tmp_path)
+    fit(run, prepared, TINY, CPU, off(run), progress_bar=False)
+    limit = run.manifest.stat().st_size + 1  # room for the manifest, not for the metrics
+    with largest_file(limit), pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: File too large"):
+        fit(run, prepared, TINY.change(updates=100, validate_every=50), CPU, off(run), progress_bar=False)
+    assert checkpoint.load(run.checkpoint.with_name("checkpoint.previous.pt"))["progress"]["update"] == TINY.updates
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
+def test_a_read_only_folder_is_named(prepared, tmp_path):
+    tmp_path.chmod(0o500)
+    run = Run(tmp_path)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        fit(run, prepared, TINY, CPU, off(run), progress_bar=False)
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_block_it(
+    reference, corpus_folder, tmp_path, capsys
+):
+    profile = reference("adamw", "bf16")[0]
+    child = Training(corpus_folder, profile, tmp_path, "--set", "updates=100000")
+    child.wait_for("c.")
+    before = Run(tmp_path).data.stat().st_mtime_ns
+    assert main(["train", "--corpus", str(corpus_folder), "--run", str(tmp_path), "--resume"]) == 1
+    assert f"in use by process {child.process.pid} on " in capsys.readouterr().err
+    assert Run(tmp_path).data.stat().st_mtime_ns == before
+    child.end(signal.SIGKILL)
+    assert (tmp_path / ".lock").exists()
+    with Run(tmp_path).locked(), Run(tmp_path).locked():  # free again; and the same process may enter twice
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_another_number_of_threads_is_recorded_and_said(prepared, tmp_path, capsys):
+    run = Run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, prepared, TINY, CPU, CtrlC(1), progress_bar=False)
+    assert "instead of" not in capsys.readouterr().err
+    torch.set_num_threads(2)
+    try:
+        fit(run, prepared, TINY, CPU, off(run), progress_bar=False)
+    finally:
+        torch.set_num_threads(1)
+    assert "resumed with threads 2 instead of 1" in capsys.readouterr().err
+    manifest = json.loads(run.manifest.read_text())
+    assert [(entry["from_update"], entry["threads"]) for entry in manifest["trained_with"]] == [(0, 1), (4, 2)]
+
+
+def test_a_checkpoint_that_is_set_aside_is_said(prepared, tmp_path, capsys):
+    run = Run(tmp_path)
+    fit(run, prepared, TINY, CPU, off(run), progress_bar=False)
+    fit(run, prepared, TINY.change(seed=2, updates=1), CPU, off(run), progress_bar=False)
+    assert "checkpoint.previous.pt is of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["not JSON", "[1]", "\udcff"])
+def test_a_manifest_that_is_none_is_named(tmp_path, damage):
+    run = Run(tmp_path)
+    run.manifest.write_text(damage, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read .* Delete it"):
+        run.record(a=1)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_numbers_gone_wrong_are_found_at_their_step(prepared, tmp_path, monkeypatch, where):
+    run, straight = Run(tmp_path / "run"), Run(tmp_path / "straight")
+    fit(straight, prepared, TINY, CPU, off(straight), progress_bar=False)
+    calls = []
+
+    def poisoned(model, batch, teacher_forcing=True):
+        total, tokens = batch_loss(model, batch, teacher_forcing)
+        if model.training:
+            calls.append(prepared.vocabulary.decode(batch.query[0].tolist()))
+        if len(calls) == 7 and model.training:
+            if where == "loss":
+                total = total * float("inf")
+            else:
+                total.register_hook(lambda gradient: gradient * float("nan"))
+        return total, tokens
+
+    with monkeypatch.context() as patch:
+        patch.setattr("helpers.training.batch_loss", poisoned)
+        with pytest.raises(UserError, match=r"^Update 7: .* gradient norm nan") as raised:
+            fit(run, prepared, TINY, CPU, off(run), progress_bar=False)
+    for part in ("training examples", " ".join(calls[6]), "checkpoint.pt is kept", "learning_rate"):
+        assert part in str(raised.value)
+    assert checkpoint.load(run.checkpoint)["progress"]["update"] == 4
+    assert [row["update"] for row in read_metrics(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    fit(run, prepared, TINY, CPU, off(run), progress_bar=False)  # what is kept is good
+    assert equal(checkpoint.load(run.checkpoint), checkpoint.load(straight.checkpoint))
+    assert timeless(run) == timeless(straight)
+
+
+def test_a_training_that_really_diverges_keeps_a_checkpoint_that_can_answer(prepared, tmp_path):
+    run = Run(tmp_path)
+    settings = TINY.change(
+        optimizer="sgd", learning_rate=10.0, decoder_learning_ratio=100.0, clip=0.0, updates=400, validate_every=1
+    )
+    with pytest.raises(UserError, match=r"is kept|No checkpoint"):
+        fit(run, prepared, settings, CPU, off(run), progress_bar=False)
+    model = checkpoint.load_model(run.checkpoint, CPU)[0]
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
