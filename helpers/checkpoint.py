@@ -12,7 +12,10 @@ from helpers.settings import Settings, UserError
 from helpers.text import Vocabulary
 
 FORMAT = 1
-KEYS = {"format", "settings", "vocabulary", "digest", "precision", "model", "best_model", "optimizer", "progress"}
+KINDS = {
+    "format": int, "settings": dict, "vocabulary": str, "digest": str, "precision": str, "model": dict,
+    "best_model": dict, "optimizer": dict, "progress": dict,
+}  # fmt: skip
 
 
 def save(path: Path, state: dict) -> None:
@@ -30,7 +33,8 @@ def load(path: Path) -> dict:
             f"{shown(path)} is missing: notebook 03_training or 'python -m helpers train' makes it. Run that first."
         )
     state = read_tensors(path, "Use another checkpoint, or train again.")
-    if set(state) != KEYS or state["format"] != FORMAT:
+    fits = set(state) == set(KINDS) and all(isinstance(state[key], kind) for key, kind in KINDS.items())
+    if not fits or state["format"] != FORMAT:
         raise UserError(f"{shown(path)} is not a checkpoint of this project in format {FORMAT}. Train again.")
     return state
 

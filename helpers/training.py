@@ -42,6 +42,10 @@ class Progress:
     stale: int = 0  # validations since the best
     stopped: bool = False
 
+    def __post_init__(self) -> None:
+        if [type(value) for value in dataclasses.astuple(self)] != [int, float, int, int, bool]:
+            raise TypeError(f"{self} has values of other types")
+
 
 def new_model(settings: Settings, words: int) -> Seq2Seq:
     """A model with weights drawn by the settings' seed, whatever was drawn before."""
@@ -224,10 +228,15 @@ def fit(
         write_text(run.metrics, "")
     else:
         precision, best_model = state["precision"], state["best_model"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
-        kept = [row for row in read_metrics(run) if row["update"] <= progress.update]
+        try:
+            for weights in (best_model, state["model"]):
+                model.load_state_dict(weights)
+            optimizer.load_state_dict(state["optimizer"])
+            progress = Progress(**state["progress"])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{shown(run.checkpoint)} cannot be gone on from ({reason}). Move it away.") from None
+        kept = [row for row in read_metrics(run) if row["update"] <= progress.update] if run.metrics.exists() else []
         write_text(run.metrics, _as_lines(kept))
     if progress.update < settings.updates and not progress.stopped:
         _record_machine(run, device, progress.update)
@@ -310,11 +319,14 @@ def read_metrics(run: Run) -> list[dict]:
     if not run.metrics.is_file():
         raise UserError(f"{shown(run.metrics)} is missing: notebook 03_training makes it. Run that first.")
     rows = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+    for line in run.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # the last line of a run that was killed while writing
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # the last line of a run that was killed while writing
             break
+        if not isinstance(row, dict) or not isinstance(row.get("update"), int):
+            break
+        rows.append(row)
     return rows
 
 
