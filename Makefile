@@ -44,7 +44,7 @@ STAMP := $(FOLDER)/.settings
 EXECUTE := $(PY) $(ROOT)tools/run_notebook.py
 PARAMETERS := -p run '$(RUN)' -p corpus '$(SOURCE)' -p profile '$(PROFILE)' -p device '$(DEVICE)' $(PARAMS)
 
-.PHONY: help run-all test lint unit check latency compare images wheelhouse lab html outputs FORCE
+.PHONY: help run-all test lint unit check soak latency compare images wheelhouse lab html outputs FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -98,6 +98,10 @@ check: run-all | $(INSTALLED) $(KERNEL)
 	    CHATBOT_RUNS="$$copy" $(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	    --nbval-cell-timeout 900 -p no:cacheprovider notebooks && \
 	    CHATBOT_RUNS="$$copy" $(PY) -m pytest tests/check_run.py tests/check_browser.py
+
+# The same tests of faults as in `make unit`, at their full length, printing what they counted.
+soak: | $(INSTALLED) ## the long series: kills and resumes, mutated files and lines, notebooks mistreated (20 minutes)
+	@cd $(ROOT) && CHATBOT_SOAK=1 $(PY) -m pytest -s tests/test_faults.py tests/test_hostile.py tests/test_notebooks.py
 
 latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone, on an existing checkpoint: RUN=name DEVICE=cuda
 	@$(EXECUTE) $(ROOT)notebooks/07_torchscript_and_latency.ipynb $(FOLDER)/notebooks/07_torchscript_and_latency.ipynb \

@@ -141,7 +141,15 @@ def terminal(bot: Chatbot, decoder: str = "", seed: int = 0, raw: bool = False) 
         print("Talk to the bot. /attention shows what its last reply looked at; /quit or Ctrl-D ends.")
         converse(bot, _prompted(), sys.stdout, decoder, seed, raw)
     else:
-        converse(bot, sys.stdin, sys.stdout, decoder, seed, raw)
+        converse(bot, _bounded(sys.stdin), sys.stdout, decoder, seed, raw)
+
+
+def _bounded(file: TextIO) -> Iterable[str]:
+    """The lines of a file, of a very long one its end, in constant memory."""
+    while line := file.readline(LONGEST_LINE):
+        while not line.endswith("\n") and (more := file.readline(LONGEST_LINE)):
+            line = (line + more)[-LONGEST_LINE:]
+        yield line
 
 
 def _prompted() -> Iterable[str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import reprlib
 from pathlib import Path
 
 import yaml
@@ -128,10 +129,7 @@ def load_profile(name: str) -> Settings:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise UserError(f"There is no profile {name!r} ({path}). There are: {known}; or give a .yaml file's path.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"Profile {path} is not valid YAML: {error}") from None
+    values = read_yaml(path.read_bytes(), f"Profile {path}") or {}
     if not isinstance(values, dict):
         raise UserError(f"Profile {path} must hold lines of 'name: value'.")
     try:
@@ -147,8 +145,16 @@ def parse_changes(text: str | list[str]) -> dict:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise UserError(f"Setting {word!r} is not of the form name=value.")
-        changes[name] = yaml.safe_load(value) if value else ""
+        changes[name] = read_yaml(value, f"Setting {name}") if value else ""
     return changes
+
+
+def read_yaml(text: str | bytes, name: str):
+    """The value of a YAML text. Raises UserError that begins with the name if it has none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2020-99-99 is a ValueError
+        raise UserError(f"{name} is not valid YAML: {error}") from None
 
 
 def _typed(name: str, kind: str, value):
@@ -160,5 +166,5 @@ def _typed(name: str, kind: str, value):
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
-        raise UserError(f"Setting {name}={value!r} must be of type {kind}.")
+        raise UserError(f"Setting {name}={reprlib.repr(value)} must be of type {kind}.")  # short, however deep it is
     return value

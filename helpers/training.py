@@ -228,29 +228,21 @@ def fit(
         write_text(run.metrics, "")
     else:
         precision, best_model = state["precision"], state["best_model"]
-        try:
-            for weights in (best_model, state["model"]):
-                model.load_state_dict(weights)
-            optimizer.load_state_dict(state["optimizer"])
-            progress = Progress(**state["progress"])
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{shown(run.checkpoint)} cannot be gone on from ({reason}). Move it away.") from None
-        kept = [row for row in read_metrics(run) if row["update"] <= progress.update] if run.metrics.exists() else []
-        write_text(run.metrics, _as_lines(kept))
+        progress = _restore(run, state, model, optimizer)
     if progress.update < settings.updates and not progress.stopped:
         _record_machine(run, device, progress.update)
 
     train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
     batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
     rows: list[dict] = []
+    stopping = False
     model.train()
     with (
         torch.random.fork_rng(),
         _ctrl_c() as stop,
         tqdm(total=settings.updates, initial=progress.update, disable=not progress_bar, unit="update") as bar,
     ):
-        while progress.update < settings.updates and not progress.stopped and not stop:
+        while progress.update < settings.updates and not progress.stopped and not stopping:
             started = time.perf_counter()
             batch = train.batch(indices := next(batches))
             try:
@@ -258,11 +250,8 @@ def fit(
             except FloatingPointError as error:
                 append_text(run.metrics, _as_lines(rows))
                 first = " ".join(prepared.vocabulary.decode(batch.query[0].tolist()))
-                raise UserError(
-                    f"Update {progress.update + 1}: {error}, in the batch of training examples "
-                    f"{', '.join(map(str, indices[:8].tolist()))} … (the first query is {first!r}). {_kept(run)} "
-                    "Try a lower learning_rate, clip=1, or precision=fp32."
-                ) from None
+                where = f"the batch of training examples {indices[:8].tolist()} … (the first query is {first!r})"
+                raise _not_finite(run, f"Update {progress.update + 1}: {error}, in {where}.") from None
             progress.update += 1
             rows.append({"update": progress.update, **row, "seconds": round(time.perf_counter() - started, 4)})
             bar.update()
@@ -273,10 +262,7 @@ def fit(
             if due:
                 loss = evaluate(model, validation).per_token
                 if not math.isfinite(loss):
-                    raise UserError(
-                        f"The validation loss after update {progress.update} is {loss}. {_kept(run)} "
-                        "Try a lower learning_rate, clip=1, or precision=fp32."
-                    )
+                    raise _not_finite(run, f"The validation loss after update {progress.update} is {loss}.")
                 progress.stale += 1
                 if loss < progress.best_loss:
                     progress.best_loss, progress.best_update, progress.stale = loss, progress.update, 0
@@ -284,7 +270,8 @@ def fit(
                 progress.stopped = 0 < settings.patience <= progress.stale
                 rows.append({"update": progress.update, "validation_loss": loss})
                 tracker.log({"validation_loss": loss}, progress.update)
-            if due or stop:
+            stopping = bool(stop)
+            if due or stopping:
                 append_text(run.metrics, _as_lines(rows))
                 rows = []
                 state = {
@@ -366,6 +353,21 @@ def _resumable(run: Run, digest: str) -> dict | None:
     return state if state["digest"] == digest else None
 
 
+def _restore(run: Run, state: dict, model: Seq2Seq, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put the checkpoint's state where it belongs, and drop the metrics of updates that came after it."""
+    try:
+        for weights in (state["best_model"], state["model"]):
+            model.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{shown(run.checkpoint)} cannot be gone on from ({reason}). Move it away.") from None
+    rows = read_metrics(run) if run.metrics.exists() else []
+    write_text(run.metrics, _as_lines([row for row in rows if row["update"] <= progress.update]))
+    return progress
+
+
 def _record_machine(run: Run, device: torch.device, update: int) -> None:
     """Note in the manifest what the updates from this one on are made with; say so if that was something else."""
     here = {name: machine()[name] for name in ("threads", "processor", "torch")} | {"device": str(device)}
@@ -380,6 +382,10 @@ def _record_machine(run: Run, device: torch.device, update: int) -> None:
     if changed or not before:
         before.append({"from_update": update, **here})
     run.record(trained_with=before)
+
+
+def _not_finite(run: Run, what: str) -> UserError:
+    return UserError(f"{what} {_kept(run)} Try a lower learning_rate, clip=1, or precision=fp32.")
 
 
 def _kept(run: Run) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Models here are tiny: one thread is as fast, and two test processes side by side don't wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
 import torch

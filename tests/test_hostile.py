@@ -38,6 +38,7 @@ CHAT_LINES = 10_000 if SOAK else 300
 PIPE_LINES = 100_000 if SOAK else 3_000
 CHECKPOINTS = 1_000 if SOAK else 60
 SECONDS = 5  # that one input may take
+PEAK = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"  # megabytes
 
 quick = settings(max_examples=1000 if SOAK else 60, deadline=None, suppress_health_check=list(HealthCheck))
 NASTY = ["\0", "\x1b]0;owned\x07", "\r", "\u2028", "\ufeff", "\u202e", "\u200f", "e\u0301", "\u0315\u0300", "\udc80",
@@ -511,6 +512,20 @@ def test_a_long_pipe_takes_constant_memory(trained):
     grown = at[PIPE_LINES] - at[PIPE_LINES // 10]
     print(f"\n{PIPE_LINES:,} lines in {seconds:.0f} s; memory {at} MB, peak {peak:.0f} MB")
     assert grown < 5, at
+
+
+def test_a_line_of_many_megabytes_takes_no_more_memory_than_a_short_one(trained):
+    many = 250 if SOAK else 50
+    line = f"{sys.executable} -c \"import sys; [sys.stdout.write('hello ' * 200_000) for _ in range({many})]; print()\""
+    peaks = []
+    for source in ("echo hello", line):
+        measured = f"import resource, sys; from helpers.__main__ import main; main(sys.argv[1:]); {PEAK}"
+        command = f'{source} | {sys.executable} -c "{measured}" chat --run {trained.folder}'
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        reply, peak = done.stdout.splitlines()
+        assert reply
+        peaks.append(int(peak))
+    assert peaks[1] - peaks[0] < 20, peaks
 
 
 # Secrets and the machine

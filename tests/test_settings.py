@@ -67,3 +67,21 @@ def test_data_settings_are_those_before_the_model():
     assert "min_count" in DATA_SETTINGS
     assert "seed" in DATA_SETTINGS
     assert "hidden_size" not in DATA_SETTINGS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["seed: 2020-99-99", "[" * 5000, "seed: " + "1" * 5000, "seed: !!python/object/apply:os.system [ls]", "\0", "\xff",
+     "seed: [&a0 [1]" + "".join(f", &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)) + "]"],
+)  # fmt: skip
+def test_a_hostile_profile_is_refused_in_a_sentence(tmp_path, text):
+    path = tmp_path / "profile.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"profile\.yaml"):
+        load_profile(str(path))
+
+
+@pytest.mark.parametrize("value", ["[", "2020-99-99", "[" * 5000, "!!python/name:os.system"])
+def test_a_change_that_is_no_yaml_is_refused_in_a_sentence(value):
+    with pytest.raises(UserError, match="Setting seed is not valid YAML"):
+        parse_changes([f"seed={value}"])
