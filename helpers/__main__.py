@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone: a normal end for a filter
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,7 +45,7 @@ def train(options: argparse.Namespace) -> None:
         prepared.save(run.data)
         with Tracker(options.wandb, run.wandb, settings.to_dict()) as tracker:
             fit(run, prepared, settings, device, tracker, resume=options.resume)
-    progress = json.loads(run.manifest.read_text())["progress"]
+    progress = run.facts()["progress"]
     print(f"best validation loss {progress['best_loss']:.4f} at update {progress['best_update']}: {shown(run.folder)}")
 
 

@@ -46,7 +46,8 @@ sys.exit(main(sys.argv[1:]))
 """
 PHASES = {"c": "checkpoint write", "v": "validation", ".": "step"}
 LONG = TINY.change(
-    embedding_size=64, hidden_size=64, updates=60 if SOAK else 40, validate_every=4, schedule="cosine", warmup_updates=5
+    embedding_size=64, hidden_size=64, updates=60 if SOAK else 40, validate_every=4, schedule="cosine",
+    warmup_updates=5, word_dropout=0.1, query_dropout=0.1,
 )  # fmt: skip
 VARIANTS = [(optimizer, precision) for optimizer in ("adam", "adamw", "sgd") for precision in ("fp32", "bf16")]
 KILLS = 4 if SOAK else 3  # of each variant
