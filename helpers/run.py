@@ -48,12 +48,6 @@ class Run:
             raise UserError(f"A run's name must be one plain word, for example 'sample', not {name!r}.")
         return cls(Path(os.environ.get("CHATBOT_RUNS") or ROOT / "runs") / name)
 
-    def require(self, path: Path, made_by: str) -> Path:
-        """`path` if the file is there. Raises UserError that names the notebook or command that makes it."""
-        if not path.is_file():
-            raise UserError(f"{shown(path)} is missing: {made_by} makes it. Run that first, with the same run name.")
-        return path
-
     def facts(self) -> dict:
         """What the manifest holds. Raises UserError if it cannot be read."""
         try:

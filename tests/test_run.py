@@ -22,12 +22,6 @@ def test_runs_lie_in_the_project_unless_told_otherwise(monkeypatch, tmp_path):
     assert shown(Run.named("sample").data) == "runs/sample/data.pt"
 
 
-def test_a_missing_file_names_who_makes_it(tmp_path):
-    run = Run(tmp_path)
-    with pytest.raises(UserError, match="notebook 01"):
-        run.require(run.data, "notebook 01")
-
-
 def test_the_manifest_gathers_facts(tmp_path):
     run = Run(tmp_path)
     run.record(corpus="sample")
