@@ -161,7 +161,8 @@ def _read_path(path: Path, name: str) -> Corpus:
                 for member in found:
                     swollen = member.file_size > max(LONGEST_LINE, 100 * member.compress_size)  # text shrinks to 1/10
                     if member.file_size > LARGEST_FILE or swollen:
-                        raise CorpusError(f"{path}: {member.filename} claims {member.file_size:,} bytes; refused.")
+                        claim = f"{member.filename} claims {member.file_size:,} bytes"
+                        raise CorpusError(f"{path}: {claim}, a sign of damage or a bomb; refused. Fetch it again.")
                 files = {Path(m.filename).name: stack.enter_context(archive.open(m)) for m in found}
                 names = [Path(m.filename).name for m in found]
             except _DAMAGE as error:
