@@ -220,10 +220,10 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
     texts = {name: [(" ".join(query), " ".join(response)) for query, response in pairs[name]] for name in SPLITS[1:]}
     if settings.context_words:
         follows = itertools.pairwise(corpus.exchanges)
-        before = {later: earlier.query for earlier, later in follows if earlier.conversation == later.conversation}
+        before = {id(later): earlier.query for earlier, later in follows if earlier.conversation == later.conversation}
         for name, part in parts.items():
             pairs[name] = [
-                (with_context(tokenise(before.get(exchange, "")), query, settings.context_words), response)
+                (with_context(tokenise(before.get(id(exchange), "")), query, settings.context_words), response)
                 for exchange, query, response in part
             ]
     if settings.openers:
