@@ -182,7 +182,7 @@ def silence(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def mutual_information(
-    model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor, weight: float = 0.85, word_reward: float = 0.75
+    model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor, weight: float = 0.85, word_reward: float = 0.5
 ) -> Tensor:
     """ln p(T | S) - weight · ln p(T) + word_reward · |T|, (batch,): the MMI-antiLM objective of arXiv:1510.03055.
 
