@@ -99,9 +99,9 @@ check: run-all | $(INSTALLED) $(KERNEL)
 	    --nbval-cell-timeout 900 -p no:cacheprovider notebooks && \
 	    CHATBOT_RUNS="$$copy" $(PY) -m pytest tests/check_run.py tests/check_browser.py
 
-latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone, on an existing checkpoint: RUN=name DEVICE=cuda
+latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone with its whole table, into results/: RUN=name DEVICE=cuda
 	@$(EXECUTE) $(ROOT)notebooks/07_torchscript_and_latency.ipynb $(FOLDER)/notebooks/07_torchscript_and_latency.ipynb \
-	    $(PARAMETERS)
+	    -p full true $(PARAMETERS)
 
 compare: | $(INSTALLED) ## the classic recipe and ours trained on CORPUS (half an hour and more), to results/
 	@$(PY) $(ROOT)tools/compare.py --corpus '$(SOURCE)' --device '$(DEVICE)'

@@ -8,8 +8,6 @@ import difflib
 import math
 from pathlib import Path
 
-import yaml
-
 PROFILES = Path(__file__).resolve().parent.parent / "notebooks" / "profiles"
 
 
@@ -123,6 +121,8 @@ def load_profile(name: str) -> Settings:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise UserError(f"There is no profile {name!r} ({path}). There are: {known}; or give a .yaml file's path.")
+    import yaml  # here, since a checkpoint's settings need none
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -137,6 +137,8 @@ def load_profile(name: str) -> Settings:
 
 def parse_changes(text: str | list[str]) -> dict:
     """`"updates=100 dropout=0"` (or the words of it) as `{"updates": 100, "dropout": 0}`."""
+    import yaml
+
     changes = {}
     for word in text.split() if isinstance(text, str) else text:
         name, equals, value = word.partition("=")
