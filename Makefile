@@ -103,9 +103,9 @@ check: run-all | $(INSTALLED) $(KERNEL)
 soak: | $(INSTALLED) ## the long series: kills and resumes, mutated files and lines, notebooks mistreated (20 minutes)
 	@cd $(ROOT) && CHATBOT_SOAK=1 $(PY) -m pytest -s tests/test_faults.py tests/test_hostile.py tests/test_notebooks.py
 
-latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone, on an existing checkpoint: RUN=name DEVICE=cuda
+latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone with its whole table, into results/: RUN=name DEVICE=cuda
 	@$(EXECUTE) $(ROOT)notebooks/07_torchscript_and_latency.ipynb $(FOLDER)/notebooks/07_torchscript_and_latency.ipynb \
-	    $(PARAMETERS)
+	    -p full true $(PARAMETERS)
 
 compare: | $(INSTALLED) ## the classic recipe and ours trained on CORPUS (half an hour and more), to results/
 	@$(PY) $(ROOT)tools/compare.py --corpus '$(SOURCE)' --device '$(DEVICE)'

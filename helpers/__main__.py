@@ -1,4 +1,4 @@
-"""The series from the command line: python -m helpers train | score | chat."""
+"""The series from the command line: python -m helpers train | score | chat | latency."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from helpers.settings import UserError, load_profile, parse_changes
 
@@ -83,6 +84,19 @@ def chat(options: argparse.Namespace) -> None:
     terminal(bot, options.decoder, options.seed, options.raw)
 
 
+def latency(options: argparse.Namespace) -> None:
+    """Time every way of answering, each shown to agree with eager first; the table goes to the run's latency.csv."""
+    from helpers.latency import as_table, keep, report
+    from helpers.run import Run, choose_device
+
+    result = report(Run(options.run), choose_device(options.device), [1, 8, 64], 500, 200, full=True)
+    print(as_table(result["rows"]).to_string(index=False, float_format="{:.2f}".format))
+    print("\n".join(f"left out: {name}: {reason}" for name, reason in result["left out"].items()))
+    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    if options.json:
+        keep(Path(options.json), result)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -101,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--wandb", default="off", help="off, offline or online")
     training.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     command(score).add_argument("pairs", metavar="PAIRS.tsv", help="lines of query, tab, response")
+    command(latency).add_argument("--json", metavar="FILE", help="write the rows and the machine here too")
     talking = command(chat)
     talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
     talking.add_argument("--seed", type=int, default=0, help="of mmi and sampling")

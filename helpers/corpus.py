@@ -21,8 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tqdm.auto import tqdm
-
 from helpers import sample
 from helpers.run import ROOT, shown
 from helpers.settings import UserError
@@ -118,6 +116,8 @@ def download(url: str, path: Path, sha256: str) -> Path:
 
 
 def _fetch(url: str, part: Path) -> None:
+    from tqdm.auto import tqdm  # here, since only a download needs it
+
     have = part.stat().st_size if part.is_file() else 0
     headers = {"User-Agent": "chatbot-notebooks"} | ({"Range": f"bytes={have}-"} if have else {})
     try:

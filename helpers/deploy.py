@@ -1,21 +1,25 @@
-"""From a trained model to a file that answers without this package: TorchScript."""
+"""From a trained model to one that answers fast, and without this package: TorchScript, and what comes after it."""
 
 from __future__ import annotations
 
 import io
 import json
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from helpers.decoding import GreedySearch
-from helpers.model import Seq2Seq
+from helpers.model import Memory, Seq2Seq
 from helpers.run import atomic_write, shown
 from helpers.settings import UserError
-from helpers.text import Vocabulary
+from helpers.text import EOS, PAD, SOS, Vocabulary
 
+Runner = Callable[..., tuple[Tensor, ...]]
 EXTRA_FILES = ("vocabulary.json", "limits.json")
 
 
@@ -76,3 +80,124 @@ def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptMod
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"{shown(path)} cannot be loaded ({reason}). Run notebook 07 again to make it.") from None
     return scripted, Vocabulary.from_json(extra["vocabulary.json"]), int(limits["max_words"])
+
+
+def quantised(model: Seq2Seq) -> Seq2Seq:
+    """A copy with the weights of GRUs and linear layers in int8, and their inputs rounded as they come: for CPUs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, as TorchScript is
+        return torch.ao.quantization.quantize_dynamic(model, {nn.GRU, nn.Linear}, dtype=torch.qint8)
+
+
+class Steps(nn.Module):
+    """`count` steps of greedy search, plain tensors in and out, nothing that depends on data: what compilers want.
+
+    The GRU is computed cell by cell, since the packed many-step one neither compiles nor exports.
+    """
+
+    def __init__(self, model: Seq2Seq, count: int = 1) -> None:
+        super().__init__()
+        self.search, self.count = GreedySearch(model).eval(), count
+
+    def forward(
+        self,
+        words: Tensor,
+        ended: Tensor,
+        hidden: Tensor,
+        attentional: Tensor,
+        states: Tensor,
+        keys: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The parts of State and Memory in; ids (batch, count) out, and words, ended, hidden, attentional after them.
+
+        words (batch,) were just said, ended (batch,) is True where a reply is over.
+        """
+        model, gru, said = self.search.model, self.search.model.decoder.gru, []
+        for _ in range(self.count):
+            step, layers = model.embedding(words), []
+            if model.decoder.input_feeding:
+                step = torch.cat([step, attentional], 1)
+            for layer in range(gru.num_layers):
+                weights = [
+                    getattr(gru, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                ]
+                step = torch.gru_cell(step, hidden[layer], *weights)
+                layers.append(step)
+            hidden = torch.stack(layers)
+            attentional = model.decoder.attend(step.unsqueeze(1), Memory(states, keys, mask))[0][:, 0]
+            words = (model.output(attentional) + self.search.never).argmax(1).masked_fill(ended, PAD)
+            ended = ended | (words == EOS)
+            said.append(words)
+        return torch.stack(said, 1), words, ended, hidden, attentional
+
+
+class BlockSearch:
+    """Greedy search around `Steps` that `build` has made fast; the packed encoder and the early exit stay outside.
+
+    Queries are padded to `longest_query`, so that `build(steps, example)` is called once a batch size.
+    """
+
+    def __init__(
+        self, model: Seq2Seq, build: Callable[[Steps, tuple], Runner], longest_query: int, count: int = 1
+    ) -> None:
+        self.steps, self.build, self.longest_query = Steps(model, count), build, longest_query
+        self.runs: dict[tuple[int, int], Runner] = {}
+
+    @torch.no_grad()
+    def __call__(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
+        """What GreedySearch takes and gives; whole blocks are computed, so PAD columns may follow the last EOS."""
+        memory, state = self.steps.search.model.encode(query, lengths)
+        more = max(self.longest_query - query.size(1), 0)
+        parts = [functional.pad(memory.states, (0, 0, 0, more)), functional.pad(memory.keys, (0, 0, 0, more))]
+        parts.append(functional.pad(memory.mask, (0, more)))
+        words = torch.full_like(query[:, 0], SOS)
+        now = [words, torch.zeros_like(words, dtype=torch.bool), *state]
+        shape = tuple(parts[-1].shape)
+        if shape not in self.runs:
+            self.runs[shape] = self.build(self.steps, (*now, *parts))
+        said = []
+        for _ in range(0, max_words, self.steps.count):
+            block, *now = self.runs[shape](*now, *parts)
+            said.append(block.clone())  # a captured graph writes its next block to the same place
+            if bool(now[1].all()):
+                break
+        return torch.cat(said, 1)[:, :max_words]
+
+
+def compiled(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
+    """By torch.compile, when first called."""
+    return torch.compile(steps, dynamic=False, fullgraph=True)
+
+
+def exported(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
+    """By torch.export and AOTInductor: a library that C++ can call too, loaded back here."""
+    program = torch.export.export(steps, example)
+    with tempfile.TemporaryDirectory() as folder:
+        package = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/steps.pt2")
+        return torch._inductor.aoti_load_package(package)
+
+
+def captured(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
+    """As a CUDA graph: all kernels of a block are launched at once. What is the same tensor as last time stays."""
+    places = [part.clone() for part in example]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries set themselves up now, which a capture does not allow
+            steps(*places)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = steps(*places)
+    last: list[Tensor | None] = [None] * len(places)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        for index, (place, value) in enumerate(zip(places, inputs, strict=True)):
+            if value is not last[index] or index < 4:  # the state is new at every block, the memory at every query
+                place.copy_(value)
+            last[index] = value
+        graph.replay()
+        return results
+
+    return run

@@ -6,8 +6,6 @@ import dataclasses
 import math
 from collections import Counter
 
-import sacrebleu
-
 Words = list[str]
 
 
@@ -48,6 +46,8 @@ def unigram_perplexity(training: Counter[str], responses: list[Words]) -> float:
 
 def bleu(replies: list[Words], references: list[Words]) -> float:
     """Corpus BLEU-4 in percent, as sacrebleu computes it on words already parted by blanks."""
+    import sacrebleu  # here, since nothing else needs it
+
     hypotheses = [" ".join(words) for words in replies]
     return sacrebleu.corpus_bleu(
         hypotheses, [[" ".join(words) for words in references]], tokenize="none", force=True

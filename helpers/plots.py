@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,21 +198,31 @@ def best_so_far(values: Sequence[float]) -> Figure:
     return figure
 
 
-def latency(table: pd.DataFrame) -> Figure:
-    """Median milliseconds a call by batch size, one bar a variant, with the 95th percentile as a whisker."""
-    sizes, variants = list(dict.fromkeys(table["batch"])), list(dict.fromkeys(table["variant"]))
-    figure, axes = plt.subplots()
-    width = 0.8 / len(variants)
-    for number, variant in enumerate(variants):
-        rows = table[table["variant"] == variant].set_index("batch").loc[sizes]
-        places = np.arange(len(sizes)) + (number - (len(variants) - 1) / 2) * width
-        whisker = [np.zeros(len(sizes)), rows["p95 ms"] - rows["p50 ms"]]
-        drawn = axes.bar(places, rows["p50 ms"], width, yerr=whisker, capsize=3, label=variant)
-        axes.bar_label(drawn, [f"{value:.1f}" for value in rows["p50 ms"]], padding=2, fontsize=8)
-    axes.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
-    axes.set_ylabel("milliseconds a call (p50, whisker p95)")
-    axes.grid(axis="x", visible=False)
-    axes.legend()
+def latency(rows: Sequence[dict]) -> Figure:
+    """Median milliseconds a reply, one panel a model and batch size, one bar a variant, the 95th percentile a whisker.
+
+    `rows` are those of a latency report; beside each bar stands how many times as fast as the textbook it is.
+    """
+    table = pd.DataFrame(rows).dropna(subset="p50 ms")
+    models, sizes, variants = (list(dict.fromkeys(table[column])) for column in ("model", "batch", "variant"))
+    height = len(sizes) * (0.7 + 0.24 * len(variants))
+    figure, panels = plt.subplots(len(sizes), len(models), figsize=(1.5 + 4.2 * len(models), height), squeeze=False)
+    for (line, size), (column, model) in itertools.product(enumerate(sizes), enumerate(models)):
+        axes = panels[line, column]
+        part = table[(table["model"] == model) & (table["batch"] == size)].set_index("variant").reindex(variants)
+        whisker = [np.zeros(len(part)), (part["p95 ms"] - part["p50 ms"]).fillna(0)]
+        drawn = axes.barh(variants, part["p50 ms"].fillna(0), xerr=whisker, color=BLUE, ecolor=GREY)
+        pairs = zip(part["p50 ms"], part["vs textbook"], strict=True)
+        labels = ["not timed" if value != value else f"{value:.3g} ms · {ratio:.1f}×" for value, ratio in pairs]
+        axes.bar_label(drawn, labels, padding=4, fontsize=8)
+        axes.set_title(f"{model}\nbatch {size}" if line == 0 else f"batch {size}", fontsize=9)
+        axes.invert_yaxis()
+        axes.margins(x=0.35)
+        axes.grid(axis="y", visible=False)
+        if column:
+            axes.tick_params(labelleft=False)
+        if line == len(sizes) - 1:
+            axes.set_xlabel("milliseconds a reply (p50, whisker p95) · × the textbook")
     return figure
 
 

@@ -9,8 +9,6 @@ import math
 import reprlib
 from pathlib import Path
 
-import yaml
-
 PROFILES = Path(__file__).resolve().parent.parent / "notebooks" / "profiles"
 
 
@@ -151,6 +149,8 @@ def parse_changes(text: str | list[str]) -> dict:
 
 def read_yaml(text: str | bytes, name: str):
     """The value of a YAML text. Raises UserError that begins with the name if it has none."""
+    import yaml  # here, since a checkpoint's settings need none
+
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2020-99-99 is a ValueError

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 
@@ -6,8 +7,8 @@ import torch
 
 from helpers.checkpoint import load_model
 from helpers.decoding import GreedySearch
-from helpers.deploy import load_scripted, save_scripted, script
-from helpers.latency import measure, parity
+from helpers.deploy import BlockSearch, captured, load_scripted, quantised, save_scripted, script
+from helpers.latency import answers, parity
 from helpers.settings import UserError
 from helpers.training import evaluate, new_model
 from tests.conftest import CPU, TINY
@@ -21,11 +22,16 @@ def saved(trained, tmp_path_factory):
     return model, vocabulary, path
 
 
+def compared(model, search, pairs, max_words=12, size=64):
+    expected = answers(GreedySearch(model).eval(), pairs, max_words)
+    return parity(model, pairs, expected, answers(search, pairs, max_words, size))
+
+
 def test_the_scripted_search_says_what_eager_says(saved, prepared):
     model, vocabulary, path = saved
     search, words, max_words = load_scripted(path, CPU)
     assert (words.words, max_words) == (vocabulary.words, 12)
-    counts = parity(model, GreedySearch(model).eval(), search, prepared.splits["test"], 12)
+    counts = compared(model, search, prepared.splits["test"])
     assert counts["different"] == 0
     assert counts["identical"] + counts["tied"] == len(prepared.splits["test"])
     eager, scripted = (evaluate(m, prepared.splits["test"]).per_token for m in (model, search))
@@ -34,17 +40,67 @@ def test_the_scripted_search_says_what_eager_says(saved, prepared):
 
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 @pytest.mark.parametrize("feeding", [False, True])
-def test_every_kind_of_model_scripts(prepared, score, feeding):
+def test_every_kind_of_model_scripts_and_goes_in_blocks(prepared, score, feeding):
     model = new_model(TINY.change(attention=score, input_feeding=feeding), len(prepared.vocabulary)).eval()
-    counts = parity(model, GreedySearch(model).eval(), script(model), prepared.splits["test"].first(30), 8)
-    assert counts["different"] == 0
+    some = prepared.splits["test"].first(30)
+    assert compared(model, script(model), some, 8)["different"] == 0
+    for count in (1, 5):
+        blocks = BlockSearch(model, lambda steps, example: steps, longest_query=25, count=count)
+        assert compared(model, blocks, some, 8, size=7)["different"] == 0
+        assert len(blocks.runs) == 2, "one a batch size: 7, and 2 that are left over"
 
 
-def test_parity_can_fail(saved, prepared):
+def test_blocks_stop_when_all_replies_have_ended(saved, prepared):
     model, *_ = saved
-    other = new_model(TINY.change(seed=9), len(prepared.vocabulary)).eval()
-    counts = parity(model, GreedySearch(model).eval(), GreedySearch(other).eval(), prepared.splits["test"], 12)
-    assert counts["different"] > 0
+    batch, calls = prepared.splits["test"].batch(torch.arange(4)), []
+
+    def counted(steps, example):
+        return lambda *inputs: calls.append(1) or steps(*inputs)
+
+    reply = BlockSearch(model, counted, 25, count=3)(batch.query, batch.query_lengths, 200)
+    alone = GreedySearch(model).eval()(batch.query, batch.query_lengths, 200)
+    assert len(calls) == -(-alone.size(1) // 3)
+    assert torch.equal(reply[:, : alone.size(1)], alone)
+
+
+def test_steps_export(saved, prepared):
+    model, *_ = saved
+    batch = prepared.splits["test"].batch(torch.arange(3))
+    exports = []
+
+    def export(steps, example):
+        exports.append(torch.export.export(steps, example))
+        return exports[0].module()
+
+    blocks = BlockSearch(model, export, 25)
+    reply = blocks(batch.query, batch.query_lengths, 6)
+    assert torch.equal(reply, GreedySearch(model).eval()(batch.query, batch.query_lengths, 6))
+    assert len(exports) == 1
+
+
+def test_steps_in_bf16_and_weights_in_int8_answer_much_the_same(saved, prepared):
+    model, *_ = saved
+    half = BlockSearch(copy.deepcopy(model).bfloat16(), lambda steps, example: steps, 25)
+    for search in (half, script(quantised(model))):
+        counts = compared(model, search, prepared.splits["test"], max_words=1)
+        assert counts["identical"] > 0.7 * len(prepared.splits["test"]), counts
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs take a CUDA device")
+def test_captured_blocks_say_what_eager_says(saved, prepared):
+    model = copy.deepcopy(saved[0]).cuda()
+    some = prepared.splits["test"].to(torch.device("cuda"))
+    assert compared(model, BlockSearch(model, captured, 25, count=5), some)["different"] == 0
+
+
+def test_a_query_of_no_words_is_refused_in_one_sentence(saved):
+    model, _, path = saved
+    query, lengths = torch.tensor([[4, 5], [0, 0]]), torch.tensor([2, 0])
+    for search in (GreedySearch(model).eval(), load_scripted(path, CPU)[0]):
+        with pytest.raises(Exception, match="A query has no words"):  # TorchScript has its own kind of exception
+            search(query, lengths, 5)
+    with pytest.raises(UserError):
+        GreedySearch(model).eval()(query, lengths, 5)
 
 
 def test_a_process_without_the_package_can_answer(saved):
@@ -69,16 +125,6 @@ def test_a_scripted_file_that_is_missing_or_cut_short(saved, tmp_path):
     (tmp_path / "scripted.pt").write_bytes(saved[2].read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be loaded"):
         load_scripted(tmp_path / "scripted.pt", CPU)
-
-
-def test_measuring_gives_a_row_a_variant_and_batch_size(saved, prepared):
-    model, *_ = saved
-    search = GreedySearch(model).eval()
-    table = measure({"a": search, "b": search}, prepared.splits["test"], [1, 4], max_words=5, replies=20)
-    assert table[["variant", "batch"]].to_numpy().tolist() == [["a", 1], ["b", 1], ["a", 4], ["b", 4]]
-    assert (table["timed"] >= 20).all()
-    assert (table["p95 ms"] >= table["p50 ms"]).all()
-    assert (table["speed-up"][table["variant"] == "a"] == 1).all()
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -41,10 +41,12 @@ def test_attention_shows_every_word():
 
 
 def test_latency_bars_carry_their_numbers():
-    table = pd.DataFrame({"variant": ["x", "y"] * 2, "batch": [1, 1, 8, 8], "p50 ms": [2.0, 1.0, 4.0, 3.0]})
-    table["p95 ms"] = table["p50 ms"] + 0.5
-    texts = {text.get_text() for text in plots.latency(table).axes[0].texts}
-    assert {"2.0", "1.0", "4.0", "3.0"} <= texts
+    row = {"model": "m", "variant": "x", "batch": 1, "p50 ms": 2.0, "p95 ms": 2.5, "vs textbook": 1.0}
+    rows = [row, row | {"variant": "y", "p50 ms": 1.0, "vs textbook": 2.0}, row | {"batch": 8, "p50 ms": 4.0}]
+    failed = {"model": "m", "variant": "z", "batch": 1}
+    top, bottom = plots.latency([*rows, failed]).axes
+    assert [text.get_text() for text in top.texts] == ["2 ms · 1.0×", "1 ms · 2.0×"]
+    assert [text.get_text() for text in bottom.texts] == ["4 ms · 1.0×", "not timed"]
 
 
 def test_the_others_draw(tmp_path):

@@ -23,8 +23,8 @@ FLOORS = [
     {"batches"},
     {"model", "metrics"},
     {"decoding", "checkpoint"},
-    {"deploy", "training", "latency"},
-    {"chat", "sweep", "profiling"},
+    {"deploy", "training"},
+    {"chat", "sweep", "profiling", "latency"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

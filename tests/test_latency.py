@@ -1,0 +1,171 @@
+"""The latency table: nothing is timed that has not been shown to agree, and nothing is invented."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from helpers import latency, stepwise
+from helpers.__main__ import main
+from helpers.batches import Prepared
+from helpers.checkpoint import load_model
+from helpers.decoding import GreedySearch
+from helpers.latency import answers, measure, parity, perplexity, report, table
+from helpers.run import Run
+from helpers.settings import UserError
+from helpers.training import evaluate, new_model
+from tests.conftest import CPU, TINY
+
+
+@pytest.fixture(scope="module")
+def bot(trained, prepared):
+    return load_model(trained.checkpoint, CPU)[0], prepared.splits["test"]
+
+
+def rows_of(bot, compilation=False, **options):
+    rows, left_out = table("m", *bot, 12, [1, 4], queries=20, replies=10, compilation=compilation, **options)
+    return pd.DataFrame(rows), left_out
+
+
+def test_parity_can_fail(bot):
+    model, test = bot
+    other = new_model(TINY.change(seed=9), model.output.out_features).eval()
+    expected, given = (answers(GreedySearch(m).eval(), test, 12) for m in (model, other))
+    assert parity(model, test, expected, given)["different"] > 0
+    assert parity(model, test, expected, expected) == {"identical": len(test), "tied": 0, "different": 0}
+
+
+def test_near_ties_are_told_from_differences(bot, monkeypatch):
+    model, test = bot
+    some = test.first(1)
+    expected = answers(GreedySearch(model).eval(), some, 12)
+    with torch.no_grad():
+        logits = model(*some.batch(torch.tensor([0]))[:2], torch.tensor([[1]]))[0, 0]
+    given = expected.clone()
+    given[0, 0] = (logits - logits[expected[0, 0]]).abs().add(logits == logits[expected[0, 0]]).argmin()
+    gap = float((logits[given[0, 0]] - logits[expected[0, 0]]).abs())
+    wanted = "tied" if gap < latency.TIE else "different"
+    assert parity(model, some, expected, given)[wanted] == 1
+    monkeypatch.setattr(latency, "TIE", gap * 1.01 + 1e-9)
+    assert parity(model, some, expected, given)["tied"] == 1
+
+
+def test_what_follows_the_end_is_no_answer(bot):
+    model, test = bot
+    textbook = answers(lambda *given: stepwise.greedy(model, *given), test, 12, size=7)
+    assert parity(model, test, answers(GreedySearch(model).eval(), test, 12), textbook)["different"] == 0
+
+
+def test_perplexity_is_that_of_the_evaluation(bot):
+    assert perplexity(*bot) == pytest.approx(evaluate(*bot).perplexity, rel=1e-5)
+
+
+def test_enough_replies_are_timed_in_turn(bot):
+    model, test = bot
+    turns = []
+
+    def noted(name):
+        search = GreedySearch(model).eval()
+        return lambda *given: turns.append(name) or search(*given)
+
+    seconds = measure({"a": noted("a"), "b": noted("b")}, test, 4, max_words=3, replies=60)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 15, "b": 15}
+    assert turns == ["a", "b"] * 17
+
+
+def test_a_table_has_a_row_a_variant_and_batch_size(bot):
+    rows, left_out = rows_of(bot)
+    timed = rows[rows["parity"]]
+    assert {"textbook", "eager", "TorchScript"} <= set(timed["variant"])
+    assert (rows.groupby("variant").size() == 2).all()
+    assert (timed["p95 ms"] >= timed["p50 ms"]).all()
+    assert (timed["timed"] >= 10).all()
+    assert (timed["vs eager"][timed["variant"] == "eager"] == 1).all()
+    assert (timed["vs textbook"][timed["variant"] == "textbook"] == 1).all()
+    assert set(left_out) == {"torch.compile", "AOTInductor", "CUDA graphs", "CUDA graphs bf16"}
+    assert "CUDA device" in left_out["CUDA graphs"]
+
+
+def test_a_variant_that_answers_otherwise_is_reported_and_not_timed(bot, monkeypatch):
+    other = new_model(TINY.change(seed=9), bot[0].output.out_features).eval()
+    monkeypatch.setattr(latency, "quantised", lambda model: other)
+    rows, _ = rows_of(bot)
+    failed = rows[rows["variant"] == "TorchScript int8"]
+    assert not failed["parity"].any()
+    assert failed["p50 ms"].isna().all()
+    assert (failed["different"] > 0).all()
+    assert latency.as_table(rows.to_dict("records"))["parity"].str.startswith("FAILED").sum() == 2
+
+
+def test_a_compiler_that_is_missing_leaves_its_rows_out_with_the_reason(bot, monkeypatch):
+    def broken(steps, example):
+        raise RuntimeError("no C++ compiler found\nmore")
+
+    monkeypatch.setattr(latency, "exported", broken)
+    monkeypatch.setattr(latency, "compiled", lambda steps, example: steps)
+    rows, left_out = rows_of(bot, compilation=True)
+    assert left_out["AOTInductor"] == "RuntimeError: no C++ compiler found"
+    assert "AOTInductor" not in set(rows["variant"])
+    assert rows[rows["variant"] == "torch.compile"]["parity"].all()
+
+
+def test_the_classic_size_answers_in_ten_words(prepared, monkeypatch):
+    monkeypatch.setattr(latency, "CLASSIC", TINY)
+    monkeypatch.setattr(latency, "CLASSIC_UPDATES", 60)
+    model, test = latency.classic(prepared, CPU)
+    assert model.output.out_features == latency.CLASSIC_WORDS
+    assert (test.response_lengths == 10).all()
+    assert (test.responses[:, :10] > 2).all()
+    ids = GreedySearch(model)(*test.batch(torch.arange(8))[:2], 10)
+    assert ids.shape == (8, 10)
+    assert (ids > 3).all()
+
+
+def test_the_command_needs_nothing_but_torch_numpy_and_pandas(trained, tmp_path):
+    missing = ["yaml", "tqdm", "sacrebleu", "optuna", "wandb", "papermill", "matplotlib", "IPython", "sklearn"]
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+import helpers.__main__
+import torch
+from helpers.latency import keep, report
+from helpers.run import Run
+import pathlib
+keep(pathlib.Path({str(tmp_path / "t.json")!r}),
+     report(Run({str(trained.folder)!r}), torch.device("cpu"), [2], 10, 10, full=False))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "t.json").read_text())
+    assert {row["variant"] for row in kept["rows"]} >= {"textbook", "eager", "TorchScript"}
+    assert kept["machine"]["threads"] >= 1
+    assert "CUDA graphs" in kept["left out"] or torch.cuda.is_available()
+    assert len(pd.read_csv(trained.latency)) == len(kept["rows"])
+
+
+def test_the_command_prints_and_keeps_the_table(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(latency, "report", lambda run, device, *_, full: report(run, device, [1], 10, 10, full=False))
+    assert main(["latency", "--run", str(trained.folder), "--device", "cpu", "--json", str(tmp_path / "l.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "TorchScript" in printed
+    assert "left out: CUDA graphs" in printed or torch.cuda.is_available()
+    assert json.loads((tmp_path / "l.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(("device", "sentence"), [("tpu9", "not known"), ("cuda:99", "no such CUDA device")])
+def test_a_device_that_is_not_there(trained, capsys, device, sentence):
+    assert main(["latency", "--run", str(trained.folder), "--device", device]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_vocabulary(trained, tmp_path):
+    run = Run(tmp_path)
+    data = Prepared.load(trained.data)
+    data.vocabulary.words[-1] = "zebra"
+    data.save(run.data)
+    run.checkpoint.write_bytes(trained.checkpoint.read_bytes())
+    with pytest.raises(UserError, match="another vocabulary"):
+        report(run, CPU, [1], 10, 10, full=False)
