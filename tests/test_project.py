@@ -25,6 +25,7 @@ FLOORS = [
     {"decoding", "checkpoint"},
     {"deploy", "training", "latency"},
     {"chat", "sweep", "profiling"},
+    {"importance"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
