@@ -27,35 +27,41 @@ def importance(table: pd.DataFrame, spec: dict, seed: int = 0) -> pd.DataFrame:
     correlation is the last word's.
     """
     table = table.dropna(subset=[LOSS])
-    space = {name: d for name, d in space_of(spec).items() if table[name].nunique() > 1}
+    space = _varying(table, spec)
+    inputs = pd.get_dummies(table[list(space)], prefix_sep="=").astype(float)
+    owner = [column.partition("=")[0] for column in inputs]
+    forest = RandomForestRegressor(100, random_state=seed).fit(inputs, table[LOSS])
+    shares = {
+        "fANOVA": _shares(table, space, optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=seed)),
+        "PED-ANOVA": _shares(table, space, optuna.importance.PedAnovaImportanceEvaluator()),
+        "forest": pd.Series(forest.feature_importances_).groupby(owner).sum(),
+        "correlation": pd.Series(inputs.corrwith(table[LOSS]).to_numpy()).groupby(owner).last(),
+    }
+    return pd.DataFrame(shares).sort_values("fANOVA", ascending=False)
+
+
+def _varying(table: pd.DataFrame, spec: dict) -> dict[str, optuna.distributions.BaseDistribution]:
+    return {name: d for name, d in space_of(spec).items() if table[name].nunique() > 1}
+
+
+def _shares(table: pd.DataFrame, space: dict, measure) -> dict[str, float]:
     study = optuna.create_study()
     for row in table[[*space, LOSS]].to_dict("records"):
         value = row.pop(LOSS)
         study.add_trial(optuna.create_trial(params=row, distributions=space, value=value))
-    inputs = pd.get_dummies(table[list(space)], prefix_sep="=").astype(float)
-    owner = [column.partition("=")[0] for column in inputs]
-    forest = RandomForestRegressor(100, random_state=seed).fit(inputs, table[LOSS])
-    measures = {
-        "fANOVA": optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=seed),
-        "PED-ANOVA": optuna.importance.PedAnovaImportanceEvaluator(),
-    }
-    shares = {name: _shares(study, measure) for name, measure in measures.items()}
-    shares["forest"] = pd.Series(forest.feature_importances_).groupby(owner).sum()
-    shares["correlation"] = pd.Series(inputs.corrwith(table[LOSS]).to_numpy()).groupby(owner).last()
-    return pd.DataFrame(shares).sort_values("fANOVA", ascending=False)
-
-
-def _shares(study: optuna.Study, measure) -> dict[str, float]:
     try:
         return optuna.importance.get_param_importances(study, evaluator=measure)
     except RuntimeError:  # of fANOVA, where no split tells the trials apart: nothing has a share
-        return dict.fromkeys(study.trials[0].params, 0.0)
+        return dict.fromkeys(space, 0.0)
 
 
 def importance_intervals(table: pd.DataFrame, spec: dict, draws: int) -> pd.DataFrame:
     """The 5th and 95th percentile of fANOVA's shares when the trials are drawn again with replacement."""
-    table = table.dropna(subset=[LOSS])
-    shares = [importance(table.sample(frac=1, replace=True, random_state=i), spec, i)["fANOVA"] for i in range(draws)]
+    table, shares = table.dropna(subset=[LOSS]), []
+    for draw in range(draws):
+        again = table.sample(frac=1, replace=True, random_state=draw)
+        measure = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=draw)
+        shares.append(_shares(again, _varying(again, spec), measure))
     return pd.DataFrame(shares).fillna(0).quantile([0.05, 0.95]).T.set_axis(["low", "high"], axis=1)
 
 
@@ -81,7 +87,7 @@ def effects(table: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
             n_resamples=2000,
         )  # fmt: skip
         rows.append({
-            "parameter": name, "best": best, "worst": worst, "difference": _difference(*pair),
+            "parameter": name, "best": str(best), "worst": str(worst), "difference": _difference(*pair),
             "low": interval.low, "high": interval.high, "p": shuffled.pvalue,
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -130,7 +136,7 @@ def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torc
 def _records(table: pd.DataFrame) -> list[dict]:
     if not isinstance(table.index, pd.RangeIndex):
         table = table.reset_index(names="parameter")
-    return json.loads(table.to_json(orient="records", double_precision=4))
+    return json.loads(table.to_json(orient="records", double_precision=6))
 
 
 def _difference(a, b, axis=-1):

@@ -192,8 +192,8 @@ def open_study(run: Run, name: str, storage: str = "", spec: dict | None = None)
             backend = optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT, grace_period=6 * HEARTBEAT)
         else:
             journal = run.sweep / "journal.log"
-            if spec is None:
-                run.require(journal, "'make sweep'")
+            if spec is None and not journal.is_file():
+                raise UserError(f"{shown(journal)} is missing: 'make sweep' makes it. Run that first.")
             run.sweep.mkdir(parents=True, exist_ok=True)
             journal.touch()
             lock = JournalLock(journal)
