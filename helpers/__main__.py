@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from helpers.settings import UserError, load_profile, parse_changes
 

@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from helpers.batches import Prepared
 from helpers.run import Run, digest, shown, training_digest, write_text
-from helpers.settings import DATA_SETTINGS, NAMES, Settings, UserError
+from helpers.settings import DATA_SETTINGS, NAMES, Settings, UserError, read_yaml
 from helpers.tracking import Tracker
 from helpers.training import fit, read_metrics
 
@@ -44,8 +44,8 @@ warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the he
 def read_sweep(path: Path) -> dict:
     """A W&B sweep file, checked against what can be served here and what the settings have. Raises UserError."""
     try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        spec = read_yaml(path.read_bytes(), f"The sweep file {shown(path)}")
+    except OSError as error:
         raise UserError(f"The sweep file {shown(path)} cannot be read: {error}") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("parameters"), dict) or not spec["parameters"]:
         raise UserError(f"{shown(path)} must hold 'method', 'metric' and 'parameters', as a W&B sweep does.")

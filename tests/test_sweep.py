@@ -61,7 +61,7 @@ def test_the_series_own_files_are_valid_and_have_the_classic_space():
     ("text", "word"),
     [
         ("[]", "parameters"),
-        ("a: [", "cannot be read"),
+        ("a: [", "not valid YAML"),
         (RATES.replace("random", "magic"), "magic"),
         (RATES.replace("validation_loss", "accuracy"), "validation_loss"),
         (RATES.replace("minimize", "maximize"), "minimize"),
