@@ -44,7 +44,13 @@ STAMP := $(FOLDER)/.settings
 EXECUTE := $(PY) $(ROOT)tools/run_notebook.py
 PARAMETERS := -p run '$(RUN)' -p corpus '$(SOURCE)' -p profile '$(PROFILE)' -p device '$(DEVICE)' $(PARAMS)
 
-.PHONY: help run-all test lint unit check soak latency compare images wheelhouse lab html outputs FORCE
+# A sweep has a run of its own, runs/sweep, and a profile for short trials, unless others are named.
+SPACE ?= sweep
+SWEEP_FOLDER := $(ROOT)runs/$(if $(filter file,$(origin RUN)),sweep,$(RUN))
+SWEEP_DATA := --run '$(SWEEP_FOLDER)' --device $(DEVICE) --corpus '$(SOURCE)' \
+    --profile '$(if $(filter file,$(origin PROFILE)),sweep,$(PROFILE))' $(STORAGE:%=--storage '%') $(WANDB:%=--wandb %)
+
+.PHONY: help run-all test lint unit check soak sweep sweep-worker sweep-best profile latency compare images wheelhouse lab html outputs FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -102,6 +108,18 @@ check: run-all | $(INSTALLED) $(KERNEL)
 # The same tests of faults as in `make unit`, at their full length, printing what they counted.
 soak: | $(INSTALLED) ## the long series: kills and resumes, mutated files and lines, notebooks mistreated (20 minutes)
 	@cd $(ROOT) && CHATBOT_SOAK=1 $(PY) -m pytest -s tests/test_faults.py tests/test_hostile.py tests/test_notebooks.py
+
+sweep: | $(INSTALLED) ## the sweep of notebooks/SPACE.yaml: W&B with a login, Optuna without; CORPUS=… TRIALS=n
+	@cd $(ROOT) && $(PY) -m helpers sweep notebooks/$(SPACE).yaml $(SWEEP_DATA) $(TRIALS:%=--trials %)
+
+sweep-worker: | $(INSTALLED) ## joins a running sweep: SWEEP=id, as 'make sweep' prints it
+	@cd $(ROOT) && $(PY) -m helpers sweep-worker '$(SWEEP)' $(SWEEP_DATA)
+
+sweep-best: | $(INSTALLED) ## a sweep's best settings as a profile, runs/sweep/best.yaml: SWEEP=id
+	@cd $(ROOT) && $(PY) -m helpers best '$(SWEEP)' --run '$(SWEEP_FOLDER)' $(STORAGE:%=--storage '%')
+
+profile: | $(INSTALLED) $(KERNEL) ## notebook 06 alone, on an existing checkpoint: RUN=name DEVICE=cuda
+	@$(EXECUTE) $(ROOT)notebooks/06_profiling.ipynb $(FOLDER)/notebooks/06_profiling.ipynb $(PARAMETERS)
 
 latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone with its whole table, into results/: RUN=name DEVICE=cuda
 	@$(EXECUTE) $(ROOT)notebooks/07_torchscript_and_latency.ipynb $(FOLDER)/notebooks/07_torchscript_and_latency.ipynb \

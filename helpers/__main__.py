@@ -1,4 +1,4 @@
-"""The series from the command line: python -m helpers train | score | chat | latency."""
+"""The series from the command line: python -m helpers train | score | chat | latency | sweep | sweep-worker | best."""
 
 from __future__ import annotations
 
@@ -97,23 +97,110 @@ def latency(options: argparse.Namespace) -> None:
         keep(Path(options.json), result)
 
 
+def sweep(options: argparse.Namespace) -> None:
+    """Run the trials of a W&B sweep file: by W&B's agents with an account, by Optuna without."""
+    from helpers import tracking
+    from helpers.run import Run, choose_device
+    from helpers.sweep import read_sweep, run_sweep
+
+    run, device, spec = Run(options.run), choose_device(options.device), read_sweep(Path(options.file))
+    prepared = _prepare(options, run)
+    mode = options.wandb or ("online" if tracking.logged_in() else "offline")
+    if mode == "online":
+        name = tracking.create_sweep(spec)
+        print(f"another machine joins with: make sweep-worker SWEEP={name}", flush=True)
+        tracking.run_agent(name, run.folder)
+    else:
+        trials = options.trials or spec.get("run_cap", 60)
+        run_sweep(run, prepared, prepared.settings, spec, trials, mode, storage=options.storage, device=device)
+
+
+def sweep_worker(options: argparse.Namespace) -> None:
+    """Join a sweep by its id: one in this folder or database, or one of W&B's."""
+    from helpers import tracking
+    from helpers.run import Run, choose_device
+    from helpers.sweep import join_sweep
+
+    run, device = Run(options.run), choose_device(options.device)
+    here = options.storage or (run.sweep / options.sweep).is_dir()
+    if options.wandb == "online" or (not options.wandb and not here and tracking.logged_in()):
+        _prepare(options, run)
+        tracking.run_agent(options.sweep, run.folder)
+    else:
+        join_sweep(run, options.sweep, options.wandb or "offline", storage=options.storage, device=device)
+
+
+def trial(options: argparse.Namespace) -> None:
+    """Train one trial from the run's prepared data, in a folder of its own: what a W&B agent calls."""
+    from helpers.run import Run, choose_device
+    from helpers.sweep import agent_trial
+
+    agent_trial(Run(options.run), parse_changes(options.set), options.wandb, choose_device(options.device))
+
+
+def best(options: argparse.Namespace) -> None:
+    """Write a sweep's best settings as a profile; with --results also what its trials say, as JSON and CSV."""
+    from helpers.importance import report
+    from helpers.run import Run, choose_device, shown
+    from helpers.sweep import open_study, write_profile
+
+    run = Run(options.run)
+    study = open_study(run, options.sweep, options.storage)
+    target = Path(options.to or run.folder / "best.yaml")
+    write_profile(target, study)
+    print(f"{shown(target)}: train it with --profile {shown(target)}")
+    if options.results:
+        report(study, run, Path(options.results), options.seeds, choose_device(options.device))
+
+
+def _prepare(options: argparse.Namespace, run):
+    from helpers.batches import prepare
+    from helpers.corpus import read_corpus
+
+    settings = load_profile(options.profile).change(**parse_changes(options.set))
+    prepared = prepare(read_corpus(options.corpus), settings)
+    prepared.save(run.data)
+    return prepared
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(function) -> argparse.ArgumentParser:
-        added = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+    def command(function, run: str | None = None) -> argparse.ArgumentParser:
+        name = function.__name__.replace("_", "-")
+        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         added.set_defaults(command=function)
-        added.add_argument("--run", required=True, metavar="DIR", help="the run's folder")
+        added.add_argument("--run", required=not run, default=run, metavar="DIR", help="the run's folder")
         added.add_argument("--device", default="auto", help="auto, cpu or cuda")
         return added
 
+    def data(added: argparse.ArgumentParser, profile: str) -> None:
+        added.add_argument("--corpus", default="sample", help="sample, cornell, or a zip, folder or jsonl")
+        added.add_argument("--profile", default=profile, help="a name in notebooks/profiles, or a YAML file")
+        added.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
+
     training = command(train)
-    training.add_argument("--corpus", default="sample", help="sample, cornell, or a zip, folder or jsonl")
-    training.add_argument("--profile", default="sample", help="sample, cornell, classic, or a YAML file")
-    training.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
+    data(training, "sample")
     training.add_argument("--wandb", default="off", help="off, offline or online")
     training.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    for function, name, help in [(sweep, "file", "a W&B sweep file"), (sweep_worker, "sweep", "the sweep's id")]:
+        added = command(function)
+        added.add_argument(name, help=help)
+        data(added, "sweep")
+        added.add_argument("--wandb", help="off, offline or online; otherwise online where there is a login")
+        added.add_argument("--storage", default="", help="a database's URL, for several machines")
+        if function is sweep:
+            added.add_argument("--trials", type=int, help="how many; otherwise the file's run_cap")
+    added = command(trial, run=os.environ.get("CHATBOT_RUN", "runs/sweep"))
+    added.add_argument("--wandb", default="online", help="off, offline or online")
+    added.add_argument("set", nargs="*", metavar="name=value", help="settings to change")
+    added = command(best)
+    added.add_argument("sweep", help="the sweep's id")
+    added.add_argument("--storage", default="", help="a database's URL, for several machines")
+    added.add_argument("--to", metavar="PROFILE.yaml", help="otherwise best.yaml in the run's folder")
+    added.add_argument("--results", metavar="PATH", help="write PATH.json and PATH.csv")
+    added.add_argument("--seeds", type=int, default=3, help="of the comparison with the starting point")
     command(score).add_argument("pairs", metavar="PAIRS.tsv", help="lines of query, tab, response")
     command(latency).add_argument("--json", metavar="FILE", help="write the rows and the machine here too")
     talking = command(chat)

@@ -157,26 +157,48 @@ def attention(query: list[str], reply: list[str], weights: np.ndarray, axes: Axe
     return axes
 
 
+def grouped_bars(table: pd.DataFrame, xlabel: str, whiskers: pd.DataFrame | None = None) -> Figure:
+    """One group of horizontal bars a row and one colour a column; `whiskers` gives low and high of the first column."""
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.2 * len(table) * (len(table.columns) + 1)))
+    places, height = np.arange(len(table)), 0.8 / len(table.columns)
+    for number, column in enumerate(table):
+        values = table[column].to_numpy(dtype=float)
+        where = places + (number - (len(table.columns) - 1) / 2) * height
+        axes.barh(where, values, height, label=column)
+        if number == 0 and whiskers is not None:
+            bounds = whiskers.loc[table.index]
+            axes.hlines(where, bounds["low"], bounds["high"], color="black", linewidth=1.2)
+    axes.set_yticks(places, [str(name).replace("_", " ") for name in table.index])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(xlabel)
+    axes.legend()
+    return figure
+
+
 def parallel_coordinates(table: pd.DataFrame, parameters: list[str], loss: str = "validation loss") -> Figure:
-    """Each trial a line through its settings to its loss; the better the darker."""
+    """Each trial a line through its settings to its loss; the better the darker. Ranges lie by value (those over a
+    factor of 20 on a logarithmic scale), settings with few values one above the other."""
+    table = table.dropna(subset=[loss]).sort_values(loss, ascending=False)  # the best drawn last, on top
     figure, axes = plt.subplots(figsize=(8, 4))
     columns = [*parameters, loss]
     positions = np.empty((len(table), len(columns)))
     for place, column in enumerate(columns):
-        values = table[column]
-        if column == loss:
-            low, high = values.min(), values.max()
-            positions[:, place] = (values - low) / ((high - low) or 1)
-            ticks = [(0.0, f"{low:.2f}"), (1.0, f"{high:.2f}")]
+        levels = sorted(table[column].unique())
+        if column == loss or (len(levels) > 6 and not isinstance(levels[0], str)):
+            low, high = levels[0], levels[-1]
+            scale = np.log if column != loss and low > 0 and high > 20 * low else np.asarray
+            span = (scale(high) - scale(low)) or 1
+            positions[:, place] = (scale(table[column]) - scale(low)) / span
+            ticks = [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
         else:
-            levels = sorted(values.unique())
             where = {level: i / max(len(levels) - 1, 1) for i, level in enumerate(levels)}
-            positions[:, place] = [where[value] for value in values]
+            positions[:, place] = [where[value] for value in table[column]]
             ticks = [(where[level], str(level)) for level in levels]
         for height, text in ticks:
             axes.annotate(text, (place, height), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
     shade = plt.get_cmap("viridis")
-    for row in positions[::-1]:
+    for row in positions:
         axes.plot(range(len(columns)), row, color=shade(row[-1] * 0.9), linewidth=1.5, alpha=0.8)
     for place in range(len(columns)):
         axes.axvline(place, color="black", linewidth=0.8)
@@ -184,6 +206,23 @@ def parallel_coordinates(table: pd.DataFrame, parameters: list[str], loss: str =
     axes.set_yticks([])
     axes.grid(visible=False)
     axes.set_xlim(-0.1, len(columns) - 0.6)
+    return figure
+
+
+def losses_by_value(table: pd.DataFrame, parameters: list[str], loss: str = "validation loss") -> Figure:
+    """One panel a parameter: the loss of every trial at the value it had, and a bar at the value's mean."""
+    table = table.dropna(subset=[loss])
+    figure, panels = plt.subplots(1, len(parameters), figsize=(1.9 * len(parameters), 3.2), sharey=True, squeeze=False)
+    for axes, name in zip(panels[0], parameters, strict=True):
+        values = pd.qcut(table[name], 3).astype(str) if table[name].nunique() > 6 else table[name]
+        groups = list(table[loss].groupby(values))
+        for place, (_, losses) in enumerate(groups):
+            spread = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
+            axes.plot(place + spread, losses, "o", color=GREY, markersize=3, alpha=0.7)
+            axes.hlines(losses.mean(), place - 0.35, place + 0.35, color=RED, linewidth=2)
+        axes.set_xticks(range(len(groups)), [str(value) for value, _ in groups], rotation=60, fontsize=8)
+        axes.set_xlabel(name.replace("_", "\n"))
+    panels[0][0].set_ylabel(loss)
     return figure
 
 
@@ -195,6 +234,31 @@ def best_so_far(values: Sequence[float]) -> Figure:
     axes.step(numbers, np.minimum.accumulate(values), where="post", label="best so far")
     axes.set(xlabel="trial", ylabel="validation loss")
     axes.legend()
+    return figure
+
+
+def timeline(rows: pd.DataFrame) -> Figure:
+    """When each part of a step ran: rows of lane, name, start and ms. Kernels on a GPU's lane are one colour."""
+    names = list(dict.fromkeys(rows["name"][rows["lane"] == "CPU"]))
+    lanes = [*names, *(["GPU"] if (rows["lane"] == "GPU").any() else [])]
+    colours = plt.get_cmap("tab10")
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.3 * len(lanes)))
+    for place, lane in enumerate(lanes):
+        own = rows[(rows["lane"] == "GPU") if lane == "GPU" else (rows["name"] == lane)]
+        axes.broken_barh(list(zip(own["start"], own["ms"], strict=True)), (place - 0.4, 0.8), color=colours(place % 10))
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("milliseconds since the step began")
+    return figure
+
+
+def memory(curve: pd.DataFrame) -> Figure:
+    """Megabytes of tensors alive over time: a table of ms and MB."""
+    figure, axes = plt.subplots(figsize=(7, 2.8))
+    axes.fill_between(curve["ms"], curve["MB"], step="post", alpha=0.4)
+    axes.step(curve["ms"], curve["MB"], where="post", linewidth=0.8)
+    axes.set(xlabel="milliseconds", ylabel="MB allocated")
     return figure
 
 

@@ -1,122 +1,463 @@
-"""Hyperparameter sweeps: the W&B file `sweep.yaml`, run here without an account by Optuna."""
+"""Hyperparameter sweeps: one W&B sweep file, served by W&B's agents with an account and by Optuna without."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
+import json
+import math
+import os
 import time
-from collections.abc import Callable
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pandas as pd
+import torch
 import yaml
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from helpers.batches import Prepared
-from helpers.run import Run, shown
-from helpers.settings import NAMES, Settings, UserError
+from helpers.run import Run, digest, shown, training_digest, write_text
+from helpers.settings import DATA_SETTINGS, NAMES, Settings, UserError, read_yaml
 from helpers.tracking import Tracker
 from helpers.training import fit, read_metrics
 
+LOSS = "validation loss"
 METHODS = ("random", "grid", "bayes")
-DISTRIBUTIONS = ("uniform", "log_uniform_values", "int_uniform", "categorical", "constant")
+KEYS = (
+    "name", "description", "project", "entity", "method", "metric", "parameters", "early_terminate", "run_cap",
+    "program", "command",
+)  # fmt: skip
+HEARTBEAT = 10  # seconds between the signs of life of a trial in a database; six missed, and it is dead
+DISTRIBUTIONS = ("uniform", "q_uniform", "log_uniform_values", "int_uniform", "categorical", "constant")
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat's
 
 
 def read_sweep(path: Path) -> dict:
-    """A W&B sweep file, checked: method, metric, and parameters that the settings have. Raises UserError."""
+    """A W&B sweep file, checked against what can be served here and what the settings have. Raises UserError."""
     try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        spec = read_yaml(path.read_bytes(), f"The sweep file {shown(path)}")
+    except OSError as error:
         raise UserError(f"The sweep file {shown(path)} cannot be read: {error}") from None
-    if not isinstance(spec, dict) or not isinstance(spec.get("parameters"), dict):
+    if not isinstance(spec, dict) or not isinstance(spec.get("parameters"), dict) or not spec["parameters"]:
         raise UserError(f"{shown(path)} must hold 'method', 'metric' and 'parameters', as a W&B sweep does.")
-    if spec.get("method") not in METHODS:
-        raise UserError(f"{shown(path)}: method {spec.get('method')!r} is not one of {', '.join(METHODS)}.")
-    if (spec.get("metric") or {}).get("name") != "validation_loss":
-        raise UserError(f"{shown(path)}: the metric must be validation_loss, which is what every trial logs.")
-    for name, parameter in spec["parameters"].items():
-        if name not in NAMES:
-            raise UserError(f"{shown(path)}: parameter {name!r} is not a setting. There are: {', '.join(NAMES)}.")
-        distribution(name, parameter)
+    try:
+        _known(spec, KEYS, "the file")
+        if spec.get("method") not in METHODS:
+            raise UserError(f"method {spec.get('method')!r} is not one of {', '.join(METHODS)}.")
+        if spec.get("metric") not in ({"name": "validation_loss", "goal": "minimize"}, {"name": "validation_loss"}):
+            raise UserError("the metric must be validation_loss, goal minimize, which is what every trial logs.")
+        if type(spec.get("run_cap", 1)) is not int or spec.get("run_cap", 1) < 1:
+            raise UserError(f"run_cap {spec['run_cap']!r} must be a number of trials.")
+        for name, parameter in spec["parameters"].items():
+            distribution(name, parameter)
+        pruner(spec)
+        planned(spec, 1, 0)
+    except UserError as error:
+        raise UserError(f"{shown(path)}: {error}") from None
     return spec
 
 
 def distribution(name: str, parameter: dict) -> optuna.distributions.BaseDistribution:
     """A parameter of the file as Optuna's distribution. Raises UserError for one that can't be served here."""
+    if name not in NAMES or (name in DATA_SETTINGS and name != "seed"):
+        there_are = ", ".join(["seed", *(n for n in NAMES if n not in DATA_SETTINGS)])
+        raise UserError(f"parameter {name!r} is not a setting of model or training. There are: {there_are}.")
+    if not isinstance(parameter, dict):
+        raise UserError(f"parameter {name} must hold 'values', 'value', or 'min' and 'max', not {parameter!r}.")
+    _known(parameter, ("distribution", "value", "values", "min", "max", "q"), f"parameter {name}")
     low, high = parameter.get("min"), parameter.get("max")
-    if "value" in parameter:
-        return optuna.distributions.CategoricalDistribution([parameter["value"]])
-    if "values" in parameter:
-        return optuna.distributions.CategoricalDistribution(parameter["values"])
-    kind = parameter.get("distribution", "int_uniform" if isinstance(low, int) else "uniform")
+    values = [parameter["value"]] if "value" in parameter else parameter.get("values", [low, high])
+    if not isinstance(values, list) or not values:
+        raise UserError(f"parameter {name}: values must be a list, not {values!r}.")
+    try:  # the settings' own check of every value, and of both ends of a range
+        values = [getattr(Settings().change(**{name: value}), name) for value in values]
+    except UserError as error:
+        raise UserError(f"parameter {name}: {error}") from None
+    kind = "constant" if "value" in parameter else "categorical" if "values" in parameter else None
+    kind = parameter.get("distribution", kind or ("int_uniform" if type(low) is type(high) is int else "uniform"))
+    if kind not in DISTRIBUTIONS:
+        raise UserError(f"parameter {name}: distribution {kind!r} cannot be served; use {', '.join(DISTRIBUTIONS)}.")
+    if kind in ("constant", "categorical"):
+        return CategoricalDistribution(values)
+    if type(values[0]) is int and kind != "int_uniform":
+        raise UserError(f"parameter {name} takes whole numbers: use int_uniform or values, not {kind}.")
     try:
         if kind == "int_uniform":
-            return optuna.distributions.IntDistribution(low, high)
-        if kind in ("uniform", "log_uniform_values"):
-            return optuna.distributions.FloatDistribution(low, high, log=kind == "log_uniform_values")
+            return IntDistribution(int(low), int(high))
+        step = parameter.get("q", 1) if kind == "q_uniform" else None
+        return FloatDistribution(*values, log=kind == "log_uniform_values", step=step)
     except (TypeError, ValueError) as error:
-        raise UserError(f"Sweep parameter {name}: min {low!r} and max {high!r} do not fit ({error}).") from None
-    raise UserError(f"Sweep parameter {name}: distribution {kind!r} is not one of {', '.join(DISTRIBUTIONS)}.")
+        raise UserError(f"parameter {name}: min {low!r} and max {high!r} do not fit ({error}).") from None
+
+
+def space_of(spec: dict) -> dict[str, optuna.distributions.BaseDistribution]:
+    """All parameters of the file as distributions."""
+    return {name: distribution(name, parameter) for name, parameter in spec["parameters"].items()}
+
+
+def pruner(spec: dict) -> optuna.pruners.BasePruner:
+    """`early_terminate: {type: hyperband, min_iter, eta}` as W&B means it: an iteration is one validation, and at
+    min_iter, min_iter·eta, … only the best 1/eta of the trials that came so far go on (arXiv:1810.05934)."""
+    wanted = spec.get("early_terminate")
+    if wanted is None:
+        return optuna.pruners.NopPruner()
+    if not isinstance(wanted, dict) or wanted.get("type") != "hyperband":
+        raise UserError(f"early_terminate must be of type hyperband, not {wanted!r}.")
+    _known(wanted, ("type", "min_iter", "max_iter", "s", "eta", "strict"), "early_terminate")
+    try:
+        eta = int(wanted.get("eta", 3))
+        first = int(wanted["min_iter"] if "min_iter" in wanted else wanted["max_iter"] / eta ** wanted["s"])
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(first, 1), reduction_factor=eta)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"early_terminate needs min_iter, or max_iter and s, as whole numbers ({error}).") from None
+
+
+def planned(spec: dict, trials: int, seed: int) -> list[dict]:
+    """The parameters of each trial as far as they are known beforehand: two workers never draw, they only take.
+
+    Random search tries nothing twice; a space with fewer combinations than `trials` gives them all. For `bayes`
+    the plan is a list of empty places.
+    """
+    space = space_of(spec)
+    if spec["method"] == "bayes":
+        return [{}] * trials
+    if spec["method"] == "grid":
+        if not all(isinstance(d, CategoricalDistribution) for d in space.values()):
+            raise UserError("a grid takes parameters with 'values' or 'value' only.")
+        combinations = itertools.product(*(d.choices for d in space.values()))
+        return [dict(zip(space, values, strict=True)) for values in itertools.islice(combinations, trials)]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+    drawn: dict[str, dict] = {}
+    for _ in range(100 * trials):
+        params = study.ask(space).params
+        drawn.setdefault(json.dumps(params), params)
+        if len(drawn) == trials:
+            break
+    return list(drawn.values())
+
+
+class JournalLock:
+    """The journal's lock, which the kernel releases when its holder dies, and which mends what that one left.
+
+    A worker killed while it wrote leaves half a line at the end; the next one's line would be glued to it and spoil
+    the whole study. Whoever holds the lock cuts the half line off first: it was never acted on.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self.file = open(journal.with_suffix(".lock"), "ab")  # noqa: SIM115, lives as long as the lock
+
+    def acquire(self) -> bool:
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        with open(self.journal, "rb+") as journal:
+            end = journal.seek(0, os.SEEK_END)
+            journal.seek(max(end - 1, 0))
+            if end and journal.read() != b"\n":
+                journal.seek(0)
+                journal.truncate(journal.read().rfind(b"\n") + 1)
+        return True
+
+    def check(self) -> None:
+        """Raises UserError if a line is no JSON, which no crash leaves behind."""
+        self.acquire()
+        try:
+            for number, line in enumerate(self.journal.read_bytes().splitlines(), 1):  # noqa: B007
+                json.loads(line)
+        except ValueError:
+            where = f"{shown(self.journal)}, line {number}"
+            raise UserError(f"{where}: not a line of JSON. Delete the line to keep the other trials.") from None
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        fcntl.flock(self.file, fcntl.LOCK_UN)
+
+
+def open_study(run: Run, name: str, storage: str = "", spec: dict | None = None) -> optuna.Study:
+    """A sweep by its id: in the run's journal, or in a database by its URL (`postgresql://…`, `mysql://…`).
+
+    With `spec` it is made if it is not there. Raises UserError if it cannot be opened, and for a spoilt journal.
+    """
+    try:
+        if storage:  # several machines: Optuna's heartbeat tells which trials lost their worker
+            backend = optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT, grace_period=6 * HEARTBEAT)
+        else:
+            journal = run.sweep / "journal.log"
+            if spec is None and not journal.is_file():
+                raise UserError(f"{shown(journal)} is missing: 'make sweep' makes it. Run that first.")
+            run.sweep.mkdir(parents=True, exist_ok=True)
+            journal.touch()
+            lock = JournalLock(journal)
+            lock.check()
+            file = optuna.storages.journal.JournalFileBackend(str(journal), lock_obj=lock)
+            backend = optuna.storages.JournalStorage(file)
+        if spec is None:
+            return optuna.load_study(study_name=name, storage=backend)
+        return optuna.create_study(study_name=name, storage=backend, direction="minimize", load_if_exists=True)
+    except KeyError:
+        names = ", ".join(study.study_name for study in optuna.get_all_study_summaries(backend)) or "none"
+        raise UserError(f"There is no sweep {name!r} in {storage or shown(journal)}; there are: {names}.") from None
+    except (ImportError, OSError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The sweep's storage {storage or shown(run.sweep)} cannot be opened: {reason}") from None
 
 
 def run_sweep(
-    run: Run, prepared: Prepared, base: Settings, spec: dict, trials: int, tracking: str = "offline", show=print
+    run: Run,
+    prepared: Prepared,
+    base: Settings,
+    spec: dict,
+    trials: int,
+    tracking: str = "offline",
+    *,
+    storage: str = "",
+    device: torch.device = torch.device("cpu"),  # noqa: B008, a constant
+    show: Callable[[str], None] = print,
 ) -> optuna.Study:
-    """Run trials until there are `trials` of them; those of an earlier call count, so a sweep goes on where it stopped.
+    """Run the sweep of a file until `trials` trials are done, and return its study.
 
-    Each trial trains from the prepared data in a folder of its own, inside a W&B run grouped under the sweep's name.
-    A trial whose loss is not finite is recorded as failed and the sweep goes on.
+    The sweep's id is its name and a digest of all that its losses depend on: file, settings, data, code. So the same
+    call goes on where an earlier one stopped, joins one that is still running, here or on another machine that uses
+    the same `storage`, and trials that cannot be compared never meet.
     """
-    run.sweep.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(run.sweep / "journal.log")))
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    name = spec.get("name", "sweep")
-    study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
-    space = {name: distribution(name, parameter) for name, parameter in spec["parameters"].items()}
-    if spec["method"] == "grid" and not study.trials:
-        choices = [space[name].choices for name in space]
-        for values in itertools.product(*choices):
-            study.enqueue_trial(dict(zip(space, values, strict=True)))
-    while sum(trial.state.is_finished() for trial in study.trials) < trials:
-        number = len(study.trials)
-        kind = optuna.samplers.TPESampler if spec["method"] == "bayes" else optuna.samplers.RandomSampler
-        study.sampler = kind(seed=base.seed * 1000 + number)
-        trial = study.ask(space)
-        started = time.perf_counter()
-        try:
-            loss = _train_trial(run, prepared, base.change(**trial.params), name, trial.number, tracking)
-        except UserError as error:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            show(f"trial {trial.number}: failed: {error}")
-        else:
-            trial.set_user_attr("seconds", round(time.perf_counter() - started, 2))
-            study.tell(trial, loss)
-            show(f"trial {trial.number}: validation loss {loss:.3f} with {trial.params}")
+    inputs = json.dumps({key: spec.get(key) for key in ("method", "parameters", "early_terminate")})
+    name = f"{spec.get('name', 'sweep')}-{digest(inputs, training_digest(base, prepared.digest))[:6]}"
+    study = open_study(run, name, storage, spec)
+    trials = max(trials, study.user_attrs.get("trials", 0))
+    for key, value in {"spec": spec, "base": base.to_dict(), "trials": trials}.items():
+        study.set_user_attr(key, value)
+    if not (run.sweep / name / "data.pt").is_file():
+        prepared.save(run.sweep / name / "data.pt")
+    show(f"Sweep {name}, {trials} trials. Another worker joins with: make sweep-worker SWEEP={name}")
+    _work(study, run, prepared, tracking, bool(storage), device, show)
     return study
 
 
-def _train_trial(run: Run, prepared: Prepared, settings: Settings, name: str, number: int, tracking: str) -> float:
-    import torch
+def join_sweep(
+    run: Run, name: str, tracking: str, *, storage: str = "", device: torch.device, show: Callable[[str], None] = print
+) -> optuna.Study:
+    """Work on a sweep that another process has started, until none of its trials is left."""
+    study = open_study(run, name, storage)
+    if "trials" not in study.user_attrs:
+        raise UserError(f"The sweep {name} has not been planned yet. Start the worker once 'make sweep' shows a trial.")
+    _work(study, run, Prepared.load(run.sweep / name / "data.pt"), tracking, bool(storage), device, show)
+    return study
 
-    folder = Run(run.sweep / f"trial-{number:03d}")
-    label = f"{name}-{number:03d}"
+
+def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, database: bool, device, show) -> None:
+    """Take trials until all are done; wait for those that others run, and repeat those whose worker died."""
+    spec, base, lost = study.user_attrs["spec"], Settings(**study.user_attrs["base"]), []
+    study.pruner, space, plan = pruner(spec), space_of(spec), planned(spec, study.user_attrs["trials"], base.seed)
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("worker", worker.name)
+        place, started = trial.user_attrs.get("place"), time.perf_counter()
+        others = study.get_trials(deepcopy=False)
+        if place is None or any(other.number < trial.number and _stands(other, place) for other in others):
+            trial.set_user_attr("surplus", True)  # workers on two machines had both replaced a dead trial
+            raise UserError("surplus")
+        # Trials of a plan are not drawn; those of Bayes's method must not be drawn alike by two workers.
+        study.sampler = optuna.samplers.TPESampler(seed=base.seed * 1_000_003 + place)
+        params = {name: _suggest(trial, name, space[name]) for name in space}
+        said = "stopped early"
+        try:
+            loss = _train(trial, run, prepared, base.change(**params), study.study_name, tracking, device)
+            said = f"{LOSS} {loss:.3f}"
+            return loss
+        except (UserError, torch.OutOfMemoryError) as error:
+            trial.set_user_attr("error", str(error))
+            said = f"failed ({error})"
+            raise
+        finally:
+            show(f"trial {trial.number}: {said} with {params}")
+            try:
+                trial.set_user_attr("seconds", round(time.perf_counter() - started, 2))
+            except optuna.exceptions.UpdateFinishedTrialError:  # it was slow, and taken for dead
+                lost.append(trial.number)
+
+    with _locked(run.sweep / "workers" / f"{os.getpid()}-{uuid.uuid4().hex[:8]}") as worker:
+        while True:
+            with _locked(run.sweep / "plan.lock"):
+                _bury(study, worker.parent, database)
+                trials = study.get_trials(deepcopy=False)
+                for place, params in enumerate(plan):
+                    if not any(_stands(trial, place) for trial in trials):
+                        study.enqueue_trial(params, user_attrs={"place": place})
+            states = {trial.state for trial in study.get_trials(deepcopy=False)}
+            if TrialState.WAITING in states:
+                try:
+                    study.optimize(objective, n_trials=1, catch=(UserError, torch.OutOfMemoryError))
+                except ValueError:  # another has closed the trial; what became of it is no longer ours to tell
+                    if not lost:
+                        raise
+                    lost.clear()
+            elif TrialState.RUNNING in states:
+                time.sleep(0.5)
+            else:
+                break
+        worker.unlink()
+
+
+def _train(
+    trial: optuna.Trial, run: Run, prepared: Prepared, settings: Settings, name: str, tracking: str, device
+) -> float:
+    """One trial in a folder of its own: the best validation loss. Raises UserError if it diverges."""
+    folder = Run(run.sweep / name / f"trial-{trial.number:03d}")
+    label = f"{name}-{trial.number:03d}"
     with Tracker(tracking, folder.folder, settings.to_dict(), name=label, group=name) as tracker:
-        fit(folder, prepared, settings, torch.device("cpu"), tracker, progress_bar=False)
-    return min(row["validation_loss"] for row in read_metrics(folder) if "validation_loss" in row)
+        loss = train_trial(folder, prepared, settings, device, Reporting(tracker, trial))
+    trial.set_user_attr("updating", round(sum(row.get("seconds", 0) for row in read_metrics(folder)), 2))
+    return loss
+
+
+def train_trial(
+    folder: Run, prepared: Prepared, settings: Settings, device: torch.device, tracker: Tracker | Reporting
+) -> float:
+    """Train and return the best validation loss, teacher-forced whatever the trial trains with."""
+    fit(folder, prepared, settings, device, tracker, progress_bar=False)
+    loss = min(row["validation_loss"] for row in read_metrics(folder) if "validation_loss" in row)
+    if not math.isfinite(loss):
+        raise UserError(f"the validation loss is {loss}.")
+    tracker.summary(validation_loss=loss)  # what W&B compares trials by
+    folder.checkpoint.unlink()  # sixty of them would fill a disk; the best settings are trained anew
+    return loss
+
+
+def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device) -> None:
+    """One trial of a W&B sweep, from the run's prepared data, in a folder named by the sweep and by W&B's run."""
+    prepared = Prepared.load(run.data)
+    settings = prepared.settings.change(**changes)
+    name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
+    folder = Run(run.sweep / os.environ.get("WANDB_SWEEP_ID", "agents") / name)
+    with Tracker(tracking, folder.folder, settings.to_dict()) as tracker:
+        print(f"{LOSS} {train_trial(folder, prepared, settings, device, tracker):.4f}: {shown(folder.folder)}")
+
+
+class Reporting:
+    """A tracker that also tells the trial each validation loss, and ends it where it is to stop early."""
+
+    def __init__(self, tracker: Tracker, trial: optuna.Trial) -> None:
+        self.tracker, self.trial, self.validations = tracker, trial, 0
+        self.summary = tracker.summary
+
+    def log(self, values: dict, update: int) -> None:
+        self.tracker.log(values, update)
+        if "validation_loss" in values:
+            self.validations += 1
+            self.trial.report(values["validation_loss"], self.validations)
+            if self.trial.should_prune():
+                raise optuna.TrialPruned
+
+
+def _known(given: dict, allowed: tuple[str, ...], where: str) -> None:
+    for key in given:
+        if key not in allowed:
+            raise UserError(f"{where} has an unknown key {key!r}; there are: {', '.join(allowed)}.")
+
+
+def _suggest(trial: optuna.Trial, name: str, space: optuna.distributions.BaseDistribution):
+    if isinstance(space, CategoricalDistribution):
+        return trial.suggest_categorical(name, space.choices)
+    if isinstance(space, IntDistribution):
+        return trial.suggest_int(name, space.low, space.high)
+    return trial.suggest_float(name, space.low, space.high, log=space.log, step=space.step)
+
+
+def _stands(trial: optuna.trial.FrozenTrial, place: int) -> bool:
+    """Whether this trial fills a place of the plan: waiting, running, finished or failed by itself."""
+    attributes = trial.user_attrs
+    died = trial.state == TrialState.FAIL and "error" not in attributes
+    return attributes.get("place") == place and not died and "surplus" not in attributes
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[Path]:
+    """A file held locked: the kernel lets it go when this process dies, however it does, and others see that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield path
+
+
+def _bury(study: optuna.Study, workers: Path, database: bool) -> None:
+    """Fail the running trials whose process is dead; their places in the plan are then free again."""
+    if database:
+        optuna.storages.fail_stale_trials(study)  # by heartbeat, which a journal has not
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get("worker")
+        if worker is None:  # died between taking the trial and signing it, unless it is at that very point
+            dead = time.time() - trial.datetime_start.timestamp() > 60
+        else:
+            dead = not database and not _alive(workers / worker)
+        if dead:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _alive(worker: Path) -> bool:
+    try:
+        with open(worker) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def trial_table(study: optuna.Study) -> pd.DataFrame:
-    """One row a finished trial: its parameters and validation loss, the best first."""
+    """One row a trial: number, settings, loss, seconds (of them in updates), worker, state; the best first.
+
+    Raises UserError if none has finished.
+    """
     rows = [
-        {"trial": trial.number, **trial.params, "validation loss": trial.value}
+        {
+            "trial": trial.number, **trial.params, LOSS: trial.value,
+            **{name: trial.user_attrs.get(name) for name in ("seconds", "updating", "worker")},
+            "state": trial.state.name.lower(),
+        }
         for trial in study.trials
-        if trial.state == optuna.trial.TrialState.COMPLETE
-    ]
-    if not rows:
+        if "surplus" not in trial.user_attrs
+    ]  # fmt: skip
+    if not any(row["state"] == "complete" for row in rows):
         raise UserError("No trial of this sweep has finished; look at the messages above for the reason.")
-    return pd.DataFrame(rows).sort_values("validation loss", ignore_index=True)
+    table = pd.DataFrame(rows)
+    table.loc[table["state"] != "complete", LOSS] = np.nan  # of a trial stopped early it is not the final one
+    return table.sort_values(LOSS, ignore_index=True)
 
 
-def importance(study: optuna.Study, evaluator: Callable | None = None) -> dict[str, float]:
-    """The share of each parameter in the variation of the loss, by PED-ANOVA unless told otherwise."""
-    evaluator = evaluator or optuna.importance.PedAnovaImportanceEvaluator()
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+def best_settings(study: optuna.Study) -> Settings:
+    """The sweep's starting point with the parameters of its best trial."""
+    trial_table(study)  # says so if there is none
+    return Settings(**study.user_attrs["base"]).change(**study.best_trial.params)
+
+
+def write_profile(path: Path, study: optuna.Study) -> None:
+    """The best settings as a profile, to train with `--profile PATH`."""
+    best = study.best_trial
+    settings = {k: v for k, v in best_settings(study).to_dict().items() if v != getattr(Settings, k)}
+    head = f"# The best of {len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}, "
+    write_text(path, f"{head}{LOSS} {best.value:.4f}.\n{yaml.safe_dump(settings, sort_keys=False)}")
+
+
+def seeds_table(
+    run: Run, prepared: Prepared, choices: dict[str, Settings], seeds: int, device: torch.device
+) -> pd.DataFrame:
+    """The validation loss of several settings at equal updates, each trained with the seeds 1 to `seeds`."""
+    rows = []
+    for seed, (name, settings) in itertools.product(range(1, seeds + 1), choices.items()):
+        folder = Run(run.sweep / "seeds" / f"{name.replace(' ', '-')}-{seed}")
+        settings = settings.change(seed=seed)
+        rows.append({
+            "settings": name, "seed": seed, "updates": settings.updates,
+            LOSS: train_trial(folder, prepared, settings, device, Tracker("off", folder.folder, {})),
+        })  # fmt: skip
+    return pd.DataFrame(rows)

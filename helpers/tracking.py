@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import netrc
 import os
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from helpers.settings import UserError
 
 MODES = ("off", "offline", "online")
+PROJECT = "chatbot-notebooks"
+
+
+def logged_in() -> bool:
+    """Whether there is a W&B login: WANDB_API_KEY, or what `wandb login` has written for W&B's server."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    host = urlsplit(wandb.setup().settings.base_url).netloc
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def create_sweep(spec: dict) -> str:
+    """Register a sweep with W&B and return its path, `[entity/]project/id`. Raises UserError if W&B refuses."""
+    import wandb
+
+    entity, project = spec.get("entity"), spec.get("project", PROJECT)
+    try:
+        return "/".join(filter(None, [entity, project, wandb.sweep(spec, project=project, entity=entity)]))
+    except (wandb.Error, ValueError) as error:
+        raise UserError(f"W&B did not take the sweep: {error} Or add --wandb offline.") from None
+
+
+def run_agent(sweep: str, folder: Path) -> None:
+    """Work on a W&B sweep until it is done: each trial is the command of the sweep's file, with `folder`'s data."""
+    own = {"CHATBOT_RUN": str(folder.absolute()), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "wandb", "agent", sweep if "/" in sweep else f"{PROJECT}/{sweep}"]
+    if subprocess.run(command, env=os.environ | own, check=False).returncode:
+        raise UserError(f"The W&B agent of sweep {sweep} has failed; its own message stands above.")
 
 
 class Tracker:
@@ -30,7 +67,7 @@ class Tracker:
             self._run = wandb.init(
                 mode=mode,
                 dir=folder,
-                project="chatbot-notebooks",
+                project=PROJECT,
                 name=name or None,
                 group=group or None,
                 config=config,

@@ -1,12 +1,28 @@
+from collections import Counter
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.profiler import record_function
 
 from helpers import plots
-from helpers.profiling import operator_table, profiled
-from tests.conftest import CPU
+from helpers.profiling import (
+    PARTS,
+    bounds,
+    export,
+    idle_share,
+    labelled,
+    machine_peaks,
+    memory_curve,
+    operator_table,
+    part_table,
+    profiled,
+    timeline,
+)  # fmt: skip
+from helpers.training import batch_loss, new_model, new_optimizer
+from tests.conftest import CPU, TINY
 
 
 def test_the_profile_counts_the_steps_operators():
@@ -18,6 +34,83 @@ def test_the_profile_counts_the_steps_operators():
     assert row["self MB"] == pytest.approx(2 * 64 * 64 * 4 / 1e6, rel=0.05)
     assert table["share"].sum() == pytest.approx(1)
     assert table["self ms"].is_monotonic_decreasing
+
+
+@pytest.fixture(scope="module")
+def training_profiles(prepared):
+    """A labelled training step with detail and without, and the number of FLOPs of its output layer."""
+    model = new_model(TINY, len(prepared.vocabulary))
+    optimizer = new_optimizer(model, TINY)
+    batch = prepared.splits["train"].batch(torch.arange(32))
+
+    def step():
+        total, tokens = batch_loss(model, batch)
+        with record_function("backward"):
+            optimizer.zero_grad()
+            (total / tokens).backward()
+        with record_function("optimiser"):
+            optimizer.step()
+
+    with labelled(model):
+        profiles = [profiled(step, CPU, 2, detail=detail) for detail in (True, False)]
+    tokens = int(batch.target_mask.sum())
+    return *profiles, 2 * tokens * TINY.embedding_size * len(prepared.vocabulary)
+
+
+def test_operators_stand_under_the_part_that_called_them(training_profiles):
+    detailed, quick, output_flops = training_profiles
+    table = part_table(detailed, 2)
+    assert {*PARTS} - {"loss"} <= set(table.index)
+    assert table.loc["project", "GFLOP"] * 1e9 == pytest.approx(output_flops, rel=0.02)
+    assert table.loc["backward", "GFLOP"] >= 1.9 * table.loc["project", "GFLOP"]  # two products for each forward one
+    assert part_table(quick, 2)["GFLOP"].sum() == 0  # without detail there are times and calls alone
+    assert (part_table(quick, 2)["calls"] == table["calls"]).all()
+    step = next(event for event in detailed.key_averages() if event.key == "step")
+    assert table["ms"].sum() == pytest.approx(step.cpu_time_total / 2e3, rel=0.05)  # no time is lost
+    assert 0 < table["Python ms"].sum() < table["ms"].sum()
+
+
+def test_labels_are_gone_after_the_block(prepared):
+    model = new_model(TINY, len(prepared.vocabulary))
+    with labelled(model):
+        pass
+    assert not model.embedding._forward_hooks
+    assert not model.decoder._forward_pre_hooks
+
+
+def test_a_part_is_bound_by_what_needs_most_of_its_time():
+    quick = pd.DataFrame({"ms": [10.0] * 4, "Python ms": [0.0, 0.0, 3.0, 1.0]}, index=list("abcd"))
+    detailed = pd.DataFrame({"calls": [10, 10, 5000, 0], "GFLOP": [0.9, 0.01, 0.01, 0.1], "MB": [1.0, 90.0, 1.0, 1.0]},
+                            quick.index)  # fmt: skip
+    told = bounds(quick, detailed, {"GFLOP/s": 100.0, "GB/s": 10.0, "µs a call": 1.0})
+    assert list(told["bound by"]) == ["compute", "memory", "overhead", "none of them"]
+    assert told.loc["a", "compute"] == pytest.approx(0.9)
+    assert told.loc["b", "memory"] == pytest.approx(0.9)
+    assert told.loc["c", "overhead"] == pytest.approx(0.8)
+
+
+def test_a_machine_s_peaks_are_numbers():
+    peaks = machine_peaks(CPU)
+    assert all(value > 0 for value in peaks.values())
+    assert peaks["µs a call"] < 1000
+
+
+def test_the_trace_holds_timeline_and_memory(training_profiles, tmp_path):
+    trace = export(training_profiles[0], tmp_path / "traces" / "step.json.gz")
+    rows = timeline(trace)
+    assert {"encode", "project", "backward", "optimiser"} <= set(rows["name"])
+    starts = rows.groupby("name")["start"].min()
+    assert starts["encode"] < starts["project"] < starts["backward"] < starts["optimiser"]
+    curve = memory_curve(trace)
+    assert curve["MB"].max() > curve["MB"].iloc[0]
+    for figure in (plots.timeline(rows), plots.memory(curve)):
+        plots.save(figure, tmp_path / "figure.png")
+
+
+def test_gaps_between_kernels_are_idle():
+    rows = pd.DataFrame({"start": [6.0, 0.0, 1.0], "ms": [2.0, 4.0, 1.0]})
+    assert idle_share(rows) == pytest.approx(2 / 8)
+    assert idle_share(rows.iloc[:1]) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +142,20 @@ def test_latency_bars_carry_their_numbers():
     assert [text.get_text() for text in bottom.texts] == ["4 ms · 1.0×", "not timed"]
 
 
-def test_the_others_draw(tmp_path):
-    from collections import Counter
+TRIALS = pd.DataFrame({"x": np.geomspace(1e-4, 1e-1, 9), "k": list("abababaab"), "validation loss": range(9)})
+INTERVALS = pd.DataFrame({"low": [0.5, 1.0], "high": [1.5, 3.0]}, ["a", "b"])
 
+
+def test_parallel_coordinates_place_ranges_by_value_and_the_best_on_top():
+    trials = pd.concat([TRIALS, TRIALS.tail(1).assign(**{"validation loss": np.nan})])  # one that did not finish
+    lines = plots.parallel_coordinates(trials, ["x", "k"]).axes[0].lines[:9]
+    heights = np.array([line.get_ydata() for line in lines])
+    assert heights[-1, -1] == 0  # the best trial is drawn last
+    assert np.allclose(np.sort(heights[:, 0]), np.linspace(0, 1, 9))  # evenly on the logarithmic scale
+    assert set(heights[:, 1]) == {0.0, 1.0}
+
+
+def test_the_others_draw(tmp_path):
     counts = Counter({f"w{i}": 1000 // (i + 1) for i in range(500)})
     figures = [
         plots.lengths([1, 2, 3], [2, 3, 9], 5),
@@ -60,9 +164,8 @@ def test_the_others_draw(tmp_path):
         plots.bars({"a": 1.0, "b": 2.0}, "things"),
         plots.losses({"a": [3, 2, 1]}, window=2),
         plots.best_so_far([3.0, 2.0, 2.5]),
-        plots.parallel_coordinates(
-            pd.DataFrame({"x": [1, 2], "k": ["a", "b"], "validation loss": [1.0, 2.0]}), ["x", "k"]
-        ),
+        plots.losses_by_value(TRIALS, ["x", "k"]),
+        plots.grouped_bars(pd.DataFrame({"u": [1.0, 2.0], "v": [2.0, 1.0]}, ["a", "b"]), "share", INTERVALS),
     ]
     for number, figure in enumerate(figures):
         plots.save(figure, tmp_path / "figures" / f"{number}.png")

@@ -1,11 +1,28 @@
-import pytest
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import optuna
+import pytest
+from wandb.sdk.launch.sweeps import utils as agent
+
+import helpers.sweep
+from helpers.__main__ import main
 from helpers.run import ROOT, Run
-from helpers.settings import Settings, UserError
-from helpers.sweep import importance, read_sweep, run_sweep, trial_table
-from tests.conftest import TINY
+from helpers.settings import Settings, UserError, load_profile
+from helpers.sweep import join_sweep, open_study, planned, read_sweep, run_sweep, trial_table
+from tests.conftest import CPU, TINY
 
 HEAD = "method: random\nmetric: {name: validation_loss, goal: minimize}\nparameters:\n"
+RATES = HEAD + "  learning_rate: {values: [0.001, 0.01]}\n"
+BASE = TINY.change(updates=4, validate_every=4)
+
+
+def quiet(_):
+    pass
 
 
 def spec_of(tmp_path, text):
@@ -14,7 +31,16 @@ def spec_of(tmp_path, text):
     return read_sweep(path)
 
 
-def test_the_series_own_file_is_valid_and_has_the_classic_space():
+def python(*arguments):
+    return [sys.executable, "-m", "helpers", *map(str, arguments)]
+
+
+def completed(study):
+    """The places of the plan by the trials that have filled them."""
+    return sorted(t.user_attrs["place"] for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE)
+
+
+def test_the_series_own_files_are_valid_and_have_the_classic_space():
     spec = read_sweep(ROOT / "notebooks" / "sweep.yaml")
     values = {name: parameter["values"] for name, parameter in spec["parameters"].items()}
     assert values == {
@@ -24,21 +50,38 @@ def test_the_series_own_file_is_valid_and_has_the_classic_space():
         "teacher_forcing_ratio": [0, 0.5, 1],
         "decoder_learning_ratio": [1, 3, 5, 10],
     }
-    for name, choices in values.items():
-        for value in choices:
-            Settings().change(**{name: value})
+    wide = read_sweep(ROOT / "notebooks" / "sweep_wide.yaml")
+    assert {"dropout", "hidden_size", "attention"} < set(wide["parameters"])
+    start = load_profile("sweep")
+    for params in planned(spec, 20, 1):
+        start.change(**params)
 
 
 @pytest.mark.parametrize(
     ("text", "word"),
     [
         ("[]", "parameters"),
-        ("a: [", "cannot be read"),
-        (HEAD.replace("random", "magic") + "  clip: {values: [1]}", "magic"),
-        (HEAD.replace("validation_loss", "accuracy") + "  clip: {values: [1]}", "validation_loss"),
+        ("a: [", "not valid YAML"),
+        (RATES.replace("random", "magic"), "magic"),
+        (RATES.replace("validation_loss", "accuracy"), "validation_loss"),
+        (RATES.replace("minimize", "maximize"), "minimize"),
+        ("methods: random\n" + RATES, "unknown key 'methods'"),
+        ("run_cap: many\n" + RATES, "run_cap"),
         (HEAD + "  clipp: {values: [1]}", "clipp"),
-        (HEAD + "  dropout: {distribution: normal, mu: 0, sigma: 1}", "normal"),
-        (HEAD + "  dropout: {min: 1.0, max: 0.0}", "dropout"),
+        (HEAD + "  min_count: {values: [1, 2]}", "min_count"),
+        (HEAD + "  clip: [1, 2]", "clip"),
+        (HEAD + "  clip: {values: 3}", "must be a list"),
+        (HEAD + "  clip: {values: [-1]}", "between"),
+        (HEAD + "  clip: {min: 1}", "clip"),
+        (HEAD + "  clip: {vals: [1]}", "unknown key 'vals'"),
+        (HEAD + "  optimizer: {values: [adagrad]}", "adagrad"),
+        (HEAD + "  dropout: {distribution: normal, min: 0.0, max: 0.5}", "normal"),
+        (HEAD + "  dropout: {min: 0.5, max: 0.0}", "dropout"),
+        (HEAD + "  hidden_size: {min: 8, max: 16, distribution: uniform}", "int_uniform"),
+        (HEAD.replace("random", "grid") + "  dropout: {min: 0.0, max: 0.5}", "grid"),
+        ("early_terminate: {type: median}\n" + RATES, "hyperband"),
+        ("early_terminate: {type: hyperband}\n" + RATES, "min_iter"),
+        ("early_terminate: {type: hyperband, max_iter: 9, s: 2, eta: 0}\n" + RATES, "min_iter"),
     ],
 )
 def test_a_sweep_that_cannot_be_served_is_refused(tmp_path, text, word):
@@ -46,51 +89,238 @@ def test_a_sweep_that_cannot_be_served_is_refused(tmp_path, text, word):
         spec_of(tmp_path, text)
 
 
-@pytest.fixture(scope="module")
-def base():
-    return TINY.change(updates=4, validate_every=4)
+def test_a_plan_tries_nothing_twice_and_a_longer_one_begins_alike(tmp_path):
+    spec = spec_of(tmp_path, HEAD + "  clip: {values: [0, 1, 2, 3]}\n  optimizer: {values: [adam, sgd]}\n")
+    plan = planned(spec, 6, 1)
+    assert len({json.dumps(params) for params in plan}) == 6
+    assert planned(spec, 4, 1) == plan[:4]
+    assert len(planned(spec, 50, 1)) == 8
+    assert planned(spec, 6, 2) != plan
 
 
-def test_trials_are_logged_offline_go_on_and_are_ranked(tmp_path, prepared, base):
-    spec = spec_of(tmp_path, HEAD + "  learning_rate: {values: [0.001, 0.01]}\n  dropout: {min: 0.0, max: 0.5}\n")
+def test_trials_are_logged_offline_go_on_and_are_ranked(tmp_path, prepared):
+    spec = spec_of(tmp_path, RATES + "  dropout: {min: 0.0, max: 0.5}\n")
     run, said = Run(tmp_path / "run"), []
-    run_sweep(run, prepared, base, spec, 2, "offline", said.append)
-    study = run_sweep(run, prepared, base, spec, 4, "off", said.append)
+    run_sweep(run, prepared, BASE, spec, 2, show=said.append)
+    study = run_sweep(run, prepared, BASE, spec, 4, "off", show=said.append)
     table = trial_table(study)
-    assert len(table) == len(said) == 4
+    assert len(table) == sum("validation loss" in line for line in said) == 4
     assert table["validation loss"].is_monotonic_increasing
-    assert len(list(run.sweep.glob("trial-*/wandb/offline-run-*/*.wandb"))) == 2
-    assert set(importance(study)) == {"learning_rate", "dropout"}
+    offline = list(run.sweep.glob("*/trial-*/wandb/offline-run-*/*.wandb"))
+    assert len(offline) == 2
+    assert study.study_name.encode() in offline[0].read_bytes()  # the group that they will be shown under
+    assert not list(run.sweep.glob("*/trial-*/checkpoint*"))
 
 
-def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(tmp_path, prepared, base, monkeypatch):
-    import helpers.sweep
+def test_another_budget_is_another_sweep(tmp_path, prepared):
+    spec, run = spec_of(tmp_path, RATES), Run(tmp_path / "run")
+    first = run_sweep(run, prepared, BASE, spec, 1, "off", show=quiet)
+    second = run_sweep(run, prepared, BASE.change(updates=8), spec, 1, "off", show=quiet)
+    assert first.study_name != second.study_name
+    assert len(first.trials) == len(second.trials) == 1
 
-    real, calls = helpers.sweep.fit, []
 
-    def fit(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 1:
-            raise UserError("the loss is nan")
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(helpers.sweep, "fit", fit)
-    spec = spec_of(tmp_path, HEAD + "  learning_rate: {values: [0.001, 0.01]}\n")
-    said = []
-    study = run_sweep(Run(tmp_path / "run"), prepared, base, spec, 2, "off", said.append)
+def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, prepared):
+    spec = spec_of(tmp_path, HEAD.replace("random", "grid") + "  learning_rate: {values: [10.0, 0.01]}\n")
+    base, said = BASE.change(optimizer="sgd", weight_decay=10.0, updates=30), []  # weights grow 99-fold an update
+    run = Run(tmp_path / "run")
+    study = run_sweep(run, prepared, base, spec, 2, "off", show=said.append)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
-    assert "nan" in said[0]
+    assert "loss is" in study.trials[0].user_attrs["error"]
+    assert "loss is" in said[1]
+    assert len(run_sweep(run, prepared, base, spec, 2, "off", show=quiet).trials) == 2  # it is not tried again
 
 
-def test_a_grid_tries_every_combination_once(tmp_path, prepared, base):
-    spec = spec_of(
-        tmp_path, HEAD.replace("random", "grid") + "  clip: {values: [0, 1]}\n  dropout: {values: [0.0, 0.2]}\n"
-    )
-    table = trial_table(run_sweep(Run(tmp_path / "run"), prepared, base, spec, 4, "off", lambda _: None))
-    assert len(table[["clip", "dropout"]].drop_duplicates()) == 4
+def test_a_grid_tries_every_combination_once(tmp_path, prepared):
+    grid = HEAD.replace("random", "grid") + "  clip: {values: [0, 1]}\n  dropout: {values: [0.0, 0.2]}\n"
+    table = trial_table(run_sweep(Run(tmp_path / "run"), prepared, BASE, spec_of(tmp_path, grid), 9, "off", show=quiet))
+    assert len(table) == len(table[["clip", "dropout"]].drop_duplicates()) == 4
 
 
-def test_a_sweep_without_a_finished_trial_says_so(tmp_path, prepared, base):
-    spec = spec_of(tmp_path, HEAD + "  clip: {values: [0, 1]}\n")
+def test_bayes_draws_each_place_differently_and_each_sweep_alike(tmp_path, prepared):
+    spec = spec_of(tmp_path, HEAD.replace("random", "bayes") + "  dropout: {min: 0.0, max: 0.5}\n")
+    drawn = [
+        [t.params for t in run_sweep(Run(tmp_path / name), prepared, BASE, spec, 3, "off", show=quiet).trials]
+        for name in ("a", "b")
+    ]
+    assert drawn[0] == drawn[1]
+    assert len({params["dropout"] for params in drawn[0]}) == 3
+
+
+def test_hyperband_stops_a_trial_that_is_behind(tmp_path, prepared):
+    text = "early_terminate: {type: hyperband, min_iter: 1, eta: 2}\n" + HEAD.replace("random", "grid")
+    spec = spec_of(tmp_path, text + "  learning_rate: {values: [0.01, 0.0]}\n")
+    base = BASE.change(updates=12)
+    study = run_sweep(Run(tmp_path / "run"), prepared, base, spec, 2, "off", show=quiet)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert trial_table(study)["validation loss"].notna().sum() == 1
+
+
+def test_a_sweep_without_a_finished_trial_says_so(tmp_path, prepared):
+    run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
     with pytest.raises(UserError, match="No trial"):
-        trial_table(run_sweep(Run(tmp_path / "run"), prepared, base, spec, 0, "off"))
+        trial_table(run_sweep(run, prepared, BASE, spec, 0, "off", show=quiet))
+    with pytest.raises(UserError, match="no sweep 'other'"):
+        open_study(run, "other")
+    with pytest.raises(UserError, match="make sweep"):
+        open_study(Run(tmp_path / "nowhere"), "other")
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_study(run, "other", "nonesuch://host/base")
+
+
+def test_half_a_line_of_a_killed_worker_is_cut_off(tmp_path, prepared):
+    run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
+    run_sweep(run, prepared, BASE, spec, 1, "off", show=quiet)
+    journal = run.sweep / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"stu')
+    study = run_sweep(run, prepared, BASE, spec, 2, "off", show=quiet)
+    assert completed(study) == [0, 1]
+    assert journal.read_bytes().startswith(whole + b"{")
+
+
+def test_a_worker_that_dies_while_others_write_spoils_nothing(tmp_path, prepared):
+    run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
+    study = run_sweep(run, prepared, BASE, spec, 1, "off", show=quiet)
+    with open(run.sweep / "journal.log", "ab") as journal:
+        journal.write(b'{"op_code":4,"stu')
+    study.set_user_attr("note", "written behind it")
+    assert open_study(run, study.study_name).user_attrs["note"] == "written behind it"
+
+
+def test_a_spoilt_journal_names_its_line(tmp_path, prepared):
+    run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
+    study = run_sweep(run, prepared, BASE, spec, 2, "off", show=quiet)
+    journal = run.sweep / "journal.log"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([*lines, "no json\n"]))
+    with pytest.raises(UserError, match=f"line {len(lines) + 1}"):
+        open_study(run, study.study_name)
+
+
+def test_a_trial_taken_for_dead_leaves_its_end_to_the_others(tmp_path, prepared, monkeypatch):
+    spec, run, real, calls = spec_of(tmp_path, RATES), Run(tmp_path / "run"), helpers.sweep.fit, []
+
+    def slow(folder, *arguments, **options):
+        calls.append(folder)
+        if len(calls) == 1:
+            name = folder.folder.parent.name
+            open_study(run, name).tell(0, state=optuna.trial.TrialState.FAIL)
+        return real(folder, *arguments, **options)
+
+    monkeypatch.setattr(helpers.sweep, "fit", slow)
+    study = run_sweep(run, prepared, BASE, spec, 1, "off", show=quiet)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    assert completed(study) == [0]
+
+
+def test_a_mistake_in_the_code_is_not_swallowed(tmp_path, prepared, monkeypatch):
+    def broken(*arguments, **options):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(helpers.sweep, "fit", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run_sweep(Run(tmp_path / "run"), prepared, BASE, spec_of(tmp_path, RATES), 1, "off", show=quiet)
+
+
+def test_a_killed_worker_s_trial_is_run_again_and_none_twice(tmp_path, prepared):
+    """Two processes on one sweep; the first is killed in the midst of a trial, and a third takes its place."""
+    spec = spec_of(tmp_path, HEAD + "  clip: {values: [0, 1, 2]}\n  learning_rate: {values: [0.001, 0.003, 0.01]}\n")
+    run, base = Run(tmp_path / "run"), BASE.change(updates=60)
+    study = run_sweep(run, prepared, base, spec, 0, "off", show=quiet)
+    study.set_user_attr("trials", 9)
+    command = python("sweep-worker", study.study_name, "--run", run.folder, "--wandb", "off", "--device", "cpu")
+    with open(tmp_path / "said", "w") as said:
+        workers = [subprocess.Popen(command, stdout=said, stderr=said) for _ in range(2)]
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            pids = {t.user_attrs.get("worker", "").split("-")[0] for t in study.trials if t.state.name == "RUNNING"}
+            if str(workers[0].pid) in pids and completed(study):
+                break
+            time.sleep(0.02)
+        workers[0].send_signal(signal.SIGKILL)
+        workers.append(subprocess.Popen(command, stdout=said, stderr=said))
+        assert [worker.wait(60) for worker in workers] == [-signal.SIGKILL, 0, 0], (tmp_path / "said").read_text()
+    assert completed(study) == list(range(9))
+    assert [t.state.name for t in study.trials].count("FAIL") == 1
+    table = trial_table(study).dropna(subset=["validation loss"])
+    assert len(table[["clip", "learning_rate"]].drop_duplicates()) == 9
+    assert 1 < table["worker"].nunique() <= 3
+
+
+def test_a_database_serves_several_machines(tmp_path, prepared, monkeypatch):
+    """The same on an Optuna storage URL, here SQLite: a worker is killed, and its heartbeat is missed."""
+    monkeypatch.setattr(helpers.sweep, "HEARTBEAT", 1)
+    spec, run = spec_of(tmp_path, RATES), Run(tmp_path / "run")
+    storage = f"sqlite:///{tmp_path}/sweep.db"
+    base = BASE.change(updates=100_000, validate_every=100_000)
+    study = run_sweep(run, prepared, base, spec, 0, "off", storage=storage, show=quiet)
+    study.set_user_attr("trials", 1)
+    command = python("sweep-worker", study.study_name, "--run", run.folder, "--wandb", "off", "--storage", storage)
+    worker = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not any("worker" in trial.user_attrs for trial in study.trials):
+        assert worker.poll() is None
+        time.sleep(0.1)
+    worker.kill()
+    worker.wait()
+    study.set_user_attr("base", BASE.to_dict())  # what is left is short
+    again = join_sweep(run, study.study_name, "off", storage=storage, device=CPU, show=quiet)
+    assert [trial.state.name for trial in again.trials] == ["FAIL", "COMPLETE"]
+
+
+def test_two_agents_of_the_file_s_command_do_not_collide(tmp_path, prepared):
+    """The command as W&B's own agent expands it, twice at once, logging offline since there is no account here."""
+    run = Run(tmp_path / "run")
+    prepared.save(run.data)
+    spec = read_sweep(ROOT / "notebooks" / "sweep.yaml")
+    processes = []
+    for name in ("aaaa", "bbbb"):
+        arguments = {"learning_rate": {"value": 0.01}, "optimizer": {"value": "adam"}}
+        known = agent.create_sweep_command_args({"args": arguments})
+        known |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [spec["program"]]}
+        command = []
+        for word in agent.create_sweep_command(spec["command"]):
+            command += known[word[2:-1]] if word.startswith("${") else [word]
+        own = {"CHATBOT_RUN": str(run.folder), "WANDB_RUN_ID": name, "WANDB_SWEEP_ID": "s1"}
+        processes.append(subprocess.Popen([*command, "--wandb", "offline"], env=os.environ | own, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+    for process in processes:
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == 0, output
+    for name in ("aaaa", "bbbb"):
+        assert len(list((run.sweep / "s1" / name / "wandb").glob(f"offline-run-*-{name}"))) == 1
+
+
+def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, capsys):
+    choices = "  learning_rate: {values: [0.0001, 0.01]}\n  optimizer: {values: [adam, sgd]}\n"
+    run, spec = Run(tmp_path / "run"), spec_of(tmp_path, HEAD + choices + "  clip: {values: [0, 1, 2]}\n")
+    study = run_sweep(run, prepared, BASE, spec, 12, "off", show=quiet)
+    target = tmp_path / "results" / "sweep"
+    profile = str(tmp_path / "best.yaml")
+    arguments = ["--run", str(run.folder), "--to", profile, "--results", str(target), "--seeds", "1"]
+    assert main(["best", study.study_name, *arguments, "--device", "cpu"]) == 0
+    assert load_profile(profile) == BASE.change(**study.best_trial.params)
+    assert profile in capsys.readouterr().out
+    told = json.loads(target.with_suffix(".json").read_text())
+    assert told["states"] == {"complete": 12}
+    assert {row["settings"] for row in told["seeds"]} == {"starting point", "best of the sweep"}
+    assert len(target.with_suffix(".csv").read_text().splitlines()) == 13
+    assert Settings(**told["starting point"]) == BASE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["sweep", "none.yaml"], "none.yaml"),
+        (["sweep", str(ROOT / "notebooks" / "sweep.yaml"), "--profile", "nonesuch"], "nonesuch"),
+        (["sweep-worker", "nonesuch", "--wandb", "offline"], "make sweep"),
+        (["best", "nonesuch"], "make sweep"),
+        (["trial", "clip=1"], "data.pt"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, word, tmp_path, capsys):
+    assert main([*arguments, "--run", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert word in error
