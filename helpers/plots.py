@@ -50,7 +50,7 @@ def lengths(queries: Sequence[int], responses: Sequence[int], limit: int) -> Fig
     axes.hist([np.minimum(queries, top), np.minimum(responses, top)], bins=bins, label=["queries", "responses"])
     axes.axvline(limit + 0.5, color=RED, linestyle="--", label=f"longest response kept: {limit}")
     axes.set(xlabel=f"words ({top} and more in the last bar)", ylabel="exchanges")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="none")  # over the dashed line
     return figure
 
 

@@ -123,6 +123,7 @@ def test_pages_show_formulas_without_a_network():
 
     assert with_mathml("`$x$` is $x$").startswith("`$x$` is <math")
     text = page(ROOT / "notebooks" / "02_model.ipynb")
+    assert "../images" not in text  # pictures are inside the page
     assert text.count("<math") > 5
     assert "\\frac" not in text
     assert "MathJax.js" not in text

@@ -65,7 +65,7 @@ def architecture() -> plt.Figure:
     arrow((x, 0.25), (x, 2.25))
     arrow((5.75, 2.5), (x - 2.05, 2.5))
     arrow((x - 0.5, 0.2), (4.9, 2.25), linestyle="--", color="#888a85")
-    axes.text(6.3, 1.62, "score$(h_4, \\bar h_s)$", color="#555753", fontsize=9)
+    axes.text(6.5, 1.75, "score$(h_4, \\bar h_s)$", color="#555753", fontsize=9)
     box(x - 0.6, 3.6, r"softmax$(W_s \tilde h_4)$", grey, 2.9)
     arrow((x - 0.6, 2.75), (x - 0.6, 3.35))
     axes.text(x - 0.6, 4.5, "the", ha="center", style="italic")

@@ -3,6 +3,7 @@
 python tools/make_pages.py OUTPUT_FOLDER NOTEBOOK.ipynb …
 """
 
+import base64
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import nbformat
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
+IMAGES = Path(__file__).resolve().parent.parent / "images"
 # Code in backquotes is left alone; then a formula of its own line, or one in the text.
 FORMULA = re.compile(r"(`+[^`]*`+)|\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 
@@ -27,13 +29,23 @@ def with_mathml(markdown: str) -> str:
     return FORMULA.sub(element, markdown)
 
 
+def with_pictures(markdown: str) -> str:
+    """Markdown whose pictures of ../images are inside it. (nbconvert's embed_images takes MathML apart.)"""
+
+    def embed(match: re.Match) -> str:
+        return f"](data:image/png;base64,{base64.b64encode((IMAGES / match[1]).read_bytes()).decode()})"
+
+    return re.sub(r"\]\(\.\./images/(\w+\.png)\)", embed, markdown)
+
+
 def page(path: Path) -> str:
     """A notebook's page."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             # Links between notebooks lead to the pages beside this one.
-            cell.source = re.sub(r"\]\((0\d_\w+)\.ipynb\)", r"](\1.html)", with_mathml(cell.source))
+            cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", with_mathml(cell.source))
+            cell.source = with_pictures(cell.source)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
     return exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})[0]
 
