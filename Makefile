@@ -128,8 +128,10 @@ latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone with its whole table, int
 compare: | $(INSTALLED) ## the classic recipe and ours trained on CORPUS (half an hour and more), to results/
 	@$(PY) $(ROOT)tools/compare.py --corpus '$(SOURCE)' --device '$(DEVICE)'
 
-images: run-all ## the pictures in images/, from results/ and the run
+images: run-all ## the pictures in images/ and the tables of README, from results/ and the run
 	@$(PY) $(ROOT)tools/make_images.py --run '$(FOLDER)'
+	@CHATBOT_SCREENSHOT='$(ROOT)images/chat.png' $(PY) -m pytest $(ROOT)tests/check_browser.py
+	@$(PY) $(ROOT)tools/readme_tables.py
 
 wheelhouse: | $(INSTALLED) ## all packages as files, for a machine without an index (README says how)
 	@cd $(ROOT) && $(PY) -m pip download -qq --disable-pip-version-check -d wheelhouse -r requirements.txt

@@ -130,6 +130,15 @@ def test_pages_show_formulas_without_a_network():
     assert 'href="03_training.html"' in text
 
 
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    from readme_tables import README, filled
+
+    text = README.read_text(encoding="utf-8")
+    assert filled(text) == text, "run 'make images'"
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (ROOT / link).is_file(), link
+
+
 def test_conda_and_pip_read_the_same_list():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert {"pip": ["-r requirements.txt"]} in environment["dependencies"]

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 
 from helpers import plots
@@ -87,11 +88,19 @@ def pictures(run: Run) -> dict[str, plt.Figure]:
     """Every picture by its file's name."""
     bot = Chatbot.load(run, torch.device("cpu"))
     query, said, weights = bot.attention(bot.reply(QUESTION, "greedy"))
+    sweep, profile = result("sweep-excerpt.json"), result("profile-cpu.json")
+    importance, interval = (
+        pd.DataFrame(sweep[part]["all trials"]).set_index("parameter") for part in ("importance", "fANOVA interval")
+    )
+    parts = {name: pd.DataFrame(profile[name]).T["ms"] for name in ("before", "after")}
     return {
         "architecture": architecture(),
         "training_curves": plots.training_curves(read_metrics(run)),
         "attention": plots.attention(query, said, weights.numpy()).figure,
         "compare": plots.compare(result("compare-cornell_excerpt.json")["models"]),
+        "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
+        "profile": plots.grouped_bars(pd.DataFrame(parts), "milliseconds a step"),
+        "latency_table": plots.latency(result("latency-cpu.json")["rows"]),
     }
 
 

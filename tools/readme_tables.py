@@ -44,6 +44,62 @@ def quality() -> str:
 {device(found["machine"])}."""
 
 
+def sweep() -> str:
+    """What moved the validation loss."""
+    found = result("sweep-excerpt.json")
+    everything, adam = (
+        {row["parameter"]: row for row in found["importance"][part]} for part in ("all trials", "adam alone")
+    )
+    ways = ("fANOVA", "PED-ANOVA", "forest")
+    rows = [
+        [
+            name.replace("_", " "),
+            *(f"{everything[name][way]:.3f}" for way in ways),
+            f"{adam[name]['fANOVA']:.2f}" if name in adam else "",
+        ]
+        for name in everything
+    ]
+    header = ["parameter", "fANOVA", "PED-ANOVA", "random forest", "fANOVA, Adam's trials alone"]
+    return f"""{table(header, rows)}
+
+Shares of the variation of the validation loss over {found["states"]["complete"]} random trials of
+{found["starting point"]["updates"]} updates on an excerpt of the Cornell corpus: `make sweep CORPUS=…`,
+`make sweep-worker SWEEP=id`, then
+`python -m helpers best ID --run runs/sweep --results results/sweep-excerpt`. {device(found["machine"])}."""
+
+
+def profile() -> str:
+    """The parts of a training step, stepwise and whole-sequence."""
+    found = result("profile-cpu.json")
+    before, after = found["before"], found["after"]
+    rows = [
+        [part, f"{before[part]['ms']:.1f}" if part in before else "", f"{row['ms']:.1f}", row["bound by"]]
+        for part, row in after.items()
+    ]
+    total = found["milliseconds"]
+    rows.append(["**whole step**", f"{total['before']:.0f}", f"{total['after']:.0f}", ""])
+    return f"""{table(["part", "stepwise ms", "whole sequence ms", "bound by"], rows)}
+
+`make profile` on a model of the classic size in fp32; this machine's measured peaks are
+{found["peaks"]["GFLOP/s"]:.0f} GFLOP/s and {found["peaks"]["GB/s"]:.0f} GB/s. {device(found["machine"])}."""
+
+
+def latency() -> str:
+    """Every way of answering."""
+    found = result("latency-cpu.json")
+    rows = [
+        [row["model"], row["variant"], row["batch"], f"{row['p50 ms']:.2f}", f"{row['p95 ms']:.2f}",
+         f"{row['replies/s']:.0f}", f"{row['vs eager']:.2f}", f"{row['vs textbook']:.1f}"]
+        for row in found["rows"] if row.get("p50 ms")
+    ]  # fmt: skip
+    header = ["model", "way", "batch", "p50 ms", "p95 ms", "replies/s", "× eager", "× textbook"]
+    left = "; ".join(f"{name}: {why}" for name, why in found["left out"].items())
+    return f"""{table(header, rows)}
+
+Milliseconds a reply; every way gave eager's replies first. Left out: {left}.
+`python -m helpers latency --run DIR --device cpu --json results/latency-cpu.json`. {device(found["machine"])}."""
+
+
 def filled(text: str) -> str:
     """README's text with every table as `results/` has it now."""
 
@@ -53,7 +109,7 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
-TABLES = {"quality": quality}
+TABLES = {"quality": quality, "sweep": sweep, "profile": profile, "latency": latency}
 
 
 def main() -> int:
