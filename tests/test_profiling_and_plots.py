@@ -135,7 +135,11 @@ def test_attention_shows_every_word():
 
 def test_latency_bars_carry_their_numbers():
     row = {"model": "m", "variant": "x", "batch": 1, "p50 ms": 2.0, "p95 ms": 2.5, "vs textbook": 1.0}
-    rows = [row, row | {"variant": "y", "p50 ms": 1.0, "vs textbook": 2.0}, row | {"batch": 8, "p50 ms": 4.0}]
+    rows = [
+        row,
+        row | {"variant": "y", "p50 ms": 1.0, "vs textbook": 2.0},
+        row | {"batch": 8, "p50 ms": 4.0, "p95 ms": 4.5},
+    ]
     failed = {"model": "m", "variant": "z", "batch": 1}
     top, bottom = plots.latency([*rows, failed]).axes
     assert [text.get_text() for text in top.texts] == ["2 ms · 1.0×", "1 ms · 2.0×"]
