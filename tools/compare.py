@@ -71,7 +71,7 @@ def measure(name: str, corpus, device: torch.device) -> dict:
             "training minutes": round(sum(row.get("seconds", 0) for row in rows) / 60, 1),
             "short": {"perplexity": likelihood.perplexity, "nats per response": likelihood.per_response},
             "all": score(bot.model, bot.vocabulary, texts),
-            "curve": [(row["update"], row["validation_loss"]) for row in rows if "validation_loss" in row],
+            "validation curve": [(row["update"], row["validation_loss"]) for row in rows if "validation_loss" in row],
             "training curve": [
                 (row["update"], row["loss"]) for row in rows if "loss" in row and row["update"] % 20 == 0
             ],
