@@ -172,8 +172,9 @@ def compiled(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
 
 def exported(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
     """By torch.export and AOTInductor: a library that C++ can call too, loaded back here."""
-    program = torch.export.export(steps, example)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's about its own pytrees
+        program = torch.export.export(steps, example)
         package = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/steps.pt2")
         return torch._inductor.aoti_load_package(package)
 

@@ -18,7 +18,7 @@ import pytest
 from helpers.run import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-LINES = ["Hello!", "Who are you?", "Anna has a red hat and a blue box. What colour is the box?"]
+LINES = ["Hello!", "Hello, who are you?", "Anna has a red hat and a blue box. What colour is the box?"]
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 SETTINGS = {
