@@ -21,7 +21,7 @@ def logged_in() -> bool:
         return True
     import wandb
 
-    host = urlsplit(wandb.setup().settings.base_url).netloc
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url).netloc
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

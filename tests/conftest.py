@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Models here are tiny: one thread is as fast, and two test processes side by side don't wait for each other.
@@ -19,6 +20,9 @@ from helpers.run import Run
 from helpers.settings import Settings
 from helpers.tracking import Tracker
 from helpers.training import fit
+
+# A shell's background job ignores Ctrl-C, and so would the trainings that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CPU = torch.device("cpu")
 SOAK = bool(os.environ.get("CHATBOT_SOAK"))  # the long series of faults and hostile inputs: make soak
