@@ -106,7 +106,7 @@ check: run-all | $(INSTALLED) $(KERNEL)
 	    CHATBOT_RUNS="$$copy" $(PY) -m pytest tests/check_run.py tests/check_browser.py
 
 # The same tests of faults as in `make unit`, at their full length, printing what they counted.
-soak: | $(INSTALLED) ## the long series: kills and resumes, mutated files and lines, notebooks mistreated (20 minutes)
+soak: | $(INSTALLED) ## the long series: kills and resumes, mutated files and lines, notebooks mistreated
 	@cd $(ROOT) && CHATBOT_SOAK=1 $(PY) -m pytest -s tests/test_faults.py tests/test_hostile.py tests/test_notebooks.py
 
 sweep: | $(INSTALLED) ## the sweep of notebooks/SPACE.yaml: W&B with a login, Optuna without; CORPUS=… TRIALS=n

@@ -167,6 +167,8 @@ class BlockSearch:
 
 def compiled(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
     """By torch.compile, when first called."""
+    torch._dynamo.config.allow_rnn = True  # the steps read an nn.GRU's weights, they do not call it
+    torch._dynamo.config.recompile_limit = 64  # one compilation a batch size, remainders included
     return torch.compile(steps, dynamic=False, fullgraph=True)
 
 

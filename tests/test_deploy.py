@@ -1,4 +1,5 @@
 import copy
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import torch
 
 from helpers.checkpoint import load_model
 from helpers.decoding import GreedySearch
-from helpers.deploy import BlockSearch, captured, load_scripted, quantised, save_scripted, script
+from helpers.deploy import BlockSearch, captured, compiled, load_scripted, quantised, save_scripted, script
 from helpers.latency import answers, parity
 from helpers.settings import UserError
 from helpers.training import evaluate, new_model
@@ -91,6 +92,12 @@ def test_captured_blocks_say_what_eager_says(saved, prepared):
     model = copy.deepcopy(saved[0]).cuda()
     some = prepared.splits["test"].to(torch.device("cuda"))
     assert compared(model, BlockSearch(model, captured, 25, count=5), some)["different"] == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_say_what_eager_says(saved, prepared):
+    model, some = saved[0], prepared.splits["test"].first(16)
+    assert compared(model, BlockSearch(model, compiled, 25), some)["different"] == 0
 
 
 def test_a_query_of_no_words_is_refused_in_one_sentence(saved):
