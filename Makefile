@@ -50,7 +50,7 @@ SWEEP_FOLDER := $(ROOT)runs/$(if $(filter file,$(origin RUN)),sweep,$(RUN))
 SWEEP_DATA := --run '$(SWEEP_FOLDER)' --device $(DEVICE) --corpus '$(SOURCE)' \
     --profile '$(if $(filter file,$(origin PROFILE)),sweep,$(PROFILE))' $(STORAGE:%=--storage '%') $(WANDB:%=--wandb %)
 
-.PHONY: help run-all test lint unit check soak sweep sweep-worker sweep-best profile latency compare images wheelhouse lab html outputs FORCE
+.PHONY: help run-all test lint unit check soak sweep sweep-worker sweep-best profile latency bench compare images wheelhouse lab html outputs FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -135,6 +135,10 @@ images: run-all ## the pictures in images/ and the tables of README, from result
 
 wheelhouse: | $(INSTALLED) ## all packages as files, for a machine without an index (README says how)
 	@cd $(ROOT) && $(PY) -m pip download -qq --disable-pip-version-check -d wheelhouse -r requirements.txt
+
+bench: | $(INSTALLED) ## this project against the textbook way, side by side: results/bench-DEVICE.json
+	@cd $(ROOT) && $(PY) -m helpers bench --device $(DEVICE) \
+	    --json results/bench-$$($(PY) -c 'from helpers.run import choose_device as c; print(c("$(DEVICE)").type)').json
 
 lab: | $(INSTALLED) ## JupyterLab at notebook 01
 	@cd $(ROOT)notebooks && env -u IPYTHONDIR $(PY) -m jupyterlab 01_data_preparation.ipynb

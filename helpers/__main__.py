@@ -29,23 +29,33 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Prepare the corpus and train; with --resume go on from the folder's checkpoint."""
-    from helpers.batches import prepare
-    from helpers.corpus import read_corpus
+    """Prepare the corpus and train; with --resume go on from the folder's checkpoint; under torchrun together."""
+    import torch.distributed as dist
+
+    from helpers.batches import Prepared, prepared_data
     from helpers.run import Run, choose_device, shown
     from helpers.tracking import Tracker
-    from helpers.training import fit
+    from helpers.training import alone, fit, join_ranks, ranks
 
     run = Run(options.run)
-    device = choose_device(options.device)
+    device = join_ranks(choose_device(options.device))
+    rank, world = ranks()
     settings = load_profile(options.profile).change(**parse_changes(options.set))
-    with run.locked():
+    with alone(run):
         if run.checkpoint.exists() and not options.resume:
             raise UserError(f"{shown(run.checkpoint)} exists. Add --resume to go on from it, or choose another --run.")
-        prepared = prepare(read_corpus(options.corpus), settings)
-        prepared.save(run.data)
-        with Tracker(options.wandb, run.wandb, settings.to_dict()) as tracker:
+        if rank == 0:
+            prepared = prepared_data(options.corpus, settings)
+            prepared.save(run.data)
+        if world > 1:
+            dist.barrier()
+            prepared = Prepared.load(run.data)
+        with Tracker("off" if rank else options.wandb, run.wandb, settings.to_dict()) as tracker:
             fit(run, prepared, settings, device, tracker, resume=options.resume)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return
     progress = run.facts()["progress"]
     print(f"best validation loss {progress['best_loss']:.4f} at update {progress['best_update']}: {shown(run.folder)}")
 
@@ -95,6 +105,14 @@ def latency(options: argparse.Namespace) -> None:
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     if options.json:
         keep(Path(options.json), result)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure this project against the textbook's way of doing the same, side by side; some minutes."""
+    from helpers.bench import bench
+    from helpers.run import choose_device
+
+    bench(choose_device(options.device), Path(options.json) if options.json else None)
 
 
 def sweep(options: argparse.Namespace) -> None:
@@ -154,11 +172,10 @@ def best(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace, run):
-    from helpers.batches import prepare
-    from helpers.corpus import read_corpus
+    from helpers.batches import prepared_data
 
     settings = load_profile(options.profile).change(**parse_changes(options.set))
-    prepared = prepare(read_corpus(options.corpus), settings)
+    prepared = prepared_data(options.corpus, settings)
     prepared.save(run.data)
     return prepared
 
@@ -207,6 +224,10 @@ def _parser() -> argparse.ArgumentParser:
     talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
     talking.add_argument("--seed", type=int, default=0, help="of mmi and sampling")
     talking.add_argument("--raw", action="store_true", help="print the model's own words, not as people spell")
+    measuring = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
+    measuring.set_defaults(command=bench)
+    measuring.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    measuring.add_argument("--json", metavar="FILE", help="where to write the figures")
     return parser
 
 

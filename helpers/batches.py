@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.corpus import Corpus, Exchange
-from helpers.run import digest, read_tensors, shown, write_tensors
+from helpers.corpus import DATA, Corpus, Exchange, fingerprint, locate, read_corpus
+from helpers.run import digest, no_collection, read_tensors, shown, write_tensors
 from helpers.settings import DATA_SETTINGS, Settings, UserError
-from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise
+from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise_all
 
 SPLITS = ("train", "validation", "test")
-FORMAT = 1  # of data.pt
+FORMAT = 2  # of data.pt
+CACHED = 5  # corpora that are kept prepared
 BUCKET = 50  # batches whose examples are sorted by length together
 
 
@@ -68,9 +71,20 @@ class Pairs:
     @classmethod
     def from_words(cls, pairs: list[tuple[list[str], list[str]]], vocabulary: Vocabulary) -> Pairs:
         """Encode (query words, response words). A query of no words is silence: EOS alone."""
-        queries = [vocabulary.encode(query) or [EOS] for query, _ in pairs]
-        responses = [[*vocabulary.encode(response), EOS] for _, response in pairs]
-        return cls(*_padded(queries), *_padded(responses))
+        return cls.from_ids(*(_encoded([pair[side] for pair in pairs], vocabulary) for side in (0, 1)))
+
+    @classmethod
+    def from_ids(cls, queries: np.ndarray, responses: np.ndarray) -> Pairs:
+        """The same from (examples, words) with PAD after the last word of each."""
+        queries = np.pad(queries, ((0, 0), (0, int(queries.shape[1] == 0))), constant_values=PAD)
+        queries[queries[:, 0] == PAD, 0] = EOS
+        responses = np.pad(responses, ((0, 0), (0, 1)), constant_values=PAD)
+        lengths = (responses != PAD).sum(1)
+        responses[np.arange(len(responses)), lengths] = EOS
+        query_lengths, lengths = (queries != PAD).sum(1), lengths + 1
+        queries = np.ascontiguousarray(queries[:, : query_lengths.max(initial=0)])
+        responses = np.ascontiguousarray(responses[:, : lengths.max(initial=0)])
+        return cls(*map(torch.from_numpy, (queries, query_lengths, responses, lengths)))
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -151,9 +165,9 @@ class Prepared:
             "settings": self.settings.to_dict(),
             "vocabulary": self.vocabulary.to_json(),
             "splits": {name: dataclasses.asdict(pairs) for name, pairs in self.splits.items()},
-            "texts": self.texts,
+            "texts": json.dumps(self.texts),  # as text, which loads many times faster than as objects
             "report": self.report,
-            "counts": dict(self.counts),
+            "counts": json.dumps(self.counts),
             "corpus": self.corpus,
             "digest": self.digest,
         }
@@ -172,9 +186,9 @@ class Prepared:
                 Settings().change(**state["settings"]),
                 Vocabulary.from_json(state["vocabulary"]),
                 {name: Pairs(**tensors) for name, tensors in state["splits"].items()},
-                state["texts"],
+                {name: [tuple(pair) for pair in pairs] for name, pairs in json.loads(state["texts"]).items()},
                 state["report"],
-                Counter(state["counts"]),
+                Counter(json.loads(state["counts"])),
                 state["corpus"],
                 state["digest"],
             )
@@ -182,64 +196,89 @@ class Prepared:
             raise UserError(f"{shown(path)} is incomplete ({error!r}). Delete it and prepare the data again.") from None
 
 
+def prepared_data(source: str | Path, settings: Settings) -> Prepared:
+    """`prepare(read_corpus(source), settings)`, kept in `data/cache` under a key of the files, settings and code.
+
+    The cache holds the last few corpora, and can be deleted at any time.
+    """
+    path, name = locate(source)
+    code = [(Path(__file__).parent / f"{module}.py").read_bytes() for module in ("corpus", "text", "batches")]
+    key = digest(fingerprint(path), name, repr([getattr(settings, name) for name in DATA_SETTINGS]), *code)
+    cached = DATA / "cache" / f"{key}.pt"
+    with contextlib.suppress(UserError):  # not there, or damaged: made anew
+        return dataclasses.replace(Prepared.load(cached), settings=settings)
+    prepared = prepare(read_corpus(source), settings)
+    with contextlib.suppress(UserError, OSError):  # without room or leave to write, the next run prepares anew
+        prepared.save(cached)
+        for old in sorted(cached.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime)[:-CACHED]:
+            old.unlink()
+    return prepared
+
+
+@no_collection()
 def prepare(corpus: Corpus, settings: Settings) -> Prepared:
     """Tokenise, filter, split by movie, build the vocabulary from the training part alone, encode.
 
     Raises UserError if nothing, or too little to split in three, is left.
     """
-    report = {"exchanges": len(corpus.exchanges)}
-    kept: list[tuple[Exchange, list[str], list[str]]] = []
-    empty = long_response = long_query = 0
-    for exchange in corpus.exchanges:
-        query, response = tokenise(exchange.query), tokenise(exchange.response)
-        if not query or not response:
-            empty += 1
-        elif len(response) > settings.max_response_words:
-            long_response += 1
-        elif len(query) > settings.max_query_words and settings.long_queries == "drop":
-            long_query += 1
-        else:  # of a long query the end says most about the response
-            kept.append((exchange, query[-settings.max_query_words :], response))
-    report |= {"no word left": empty, "response too long": long_response, "query too long": long_query}
+    exchanges = corpus.exchanges
+    lines = _Lines(exchanges)
+    query_words, response_words = lines.lengths[lines.queries], lines.lengths[lines.responses]
+    empty = (query_words == 0) | (response_words == 0)
+    long_response = ~empty & (response_words > settings.max_response_words)
+    long_query = ~empty & ~long_response & (query_words > settings.max_query_words)
+    if settings.long_queries == "cut":  # of a long query the end says most about the response
+        long_query[:] = False
+    kept = ~(empty | long_response | long_query)
+    report = {"exchanges": len(exchanges), "no word left": int(empty.sum())}
+    report |= {"response too long": int(long_response.sum()), "query too long": int(long_query.sum())}
 
-    chosen = split(corpus.exchanges, settings.held_out_share, settings.seed)
-    parts: dict[str, list] = {name: [row for row in kept if chosen[row[0].movie] == name] for name in SPLITS}
-    counts = Counter(word for _, query, response in parts["train"] for word in query + response)
+    chosen = split(exchanges, settings.held_out_share, settings.seed)
+    part_of = np.fromiter((SPLITS.index(chosen[exchange.movie]) for exchange in exchanges), np.int8, len(exchanges))
+    parts = {name: np.flatnonzero(kept & (part_of == number)) for number, name in enumerate(SPLITS)}
+    encoded = {
+        name: (
+            lines.matrix(lines.queries[part], settings.max_query_words),
+            lines.matrix(lines.responses[part], settings.max_response_words),
+        )
+        for name, part in parts.items()
+    }
+    totals = sum(np.bincount(side[side >= 0], minlength=len(lines.words)) for side in encoded["train"])
+    counts = Counter({word: int(total) for word, total in zip(lines.words, totals, strict=True) if total})
     vocabulary = Vocabulary.from_counts(counts, settings.min_count)
+    # Number -1, which is padding, finds the last.
+    ids = np.array([*vocabulary.encode(lines.words), PAD], np.int32)
+    encoded = {name: [ids[side] for side in sides] for name, sides in encoded.items()}
     if settings.rare_words == "drop":
-        before = sum(len(part) for part in parts.values())
-        parts = {name: [row for row in part if _known(row, vocabulary)] for name, part in parts.items()}
-        report["rare word"] = before - sum(len(part) for part in parts.values())
+        known = {name: ~np.logical_or(*((side == UNK).any(1) for side in sides)) for name, sides in encoded.items()}
+        report["rare word"] = sum(int((~rows_known).sum()) for rows_known in known.values())
+        parts = {name: part[known[name]] for name, part in parts.items()}
+        encoded = {name: [side[known[name]] for side in sides] for name, sides in encoded.items()}
     for name, part in parts.items():
-        if not part:
+        if not len(part):
             raise UserError(
                 f"No exchange is left for {name}: {report}. Give a larger corpus, or settings that drop less."
             )
         report[name] = len(part)
-    pairs = {name: [(query, response) for _, query, response in part] for name, part in parts.items()}
-    texts = {name: [(" ".join(query), " ".join(response)) for query, response in pairs[name]] for name in SPLITS[1:]}
     if settings.context_words:
-        follows = itertools.pairwise(corpus.exchanges)
-        before = {id(later): earlier.query for earlier, later in follows if earlier.conversation == later.conversation}
         for name, part in parts.items():
-            pairs[name] = [
-                (with_context(tokenise(before.get(id(exchange), "")), query, settings.context_words), response)
-                for exchange, query, response in part
-            ]
+            encoded[name][0] = lines.in_context(exchanges, part, settings, vocabulary)
     if settings.openers:
-        first = {exchange.conversation: exchange for exchange in reversed(corpus.exchanges)}.values()
-        lines = [tokenise(exchange.query) for exchange in first if chosen[exchange.movie] == "train"]
-        lines = [line for line in lines if 0 < len(line) <= settings.max_response_words]
+        first = {exchange.conversation: number for number, exchange in reversed([*enumerate(exchanges)])}.values()
+        openers = lines.queries[[number for number in first if part_of[number] == 0]]
+        openers = openers[(lines.lengths[openers] > 0) & (lines.lengths[openers] <= settings.max_response_words)]
+        opening = ids[lines.matrix(openers, settings.max_response_words)]
         if settings.rare_words == "drop":
-            lines = [line for line in lines if all(word in vocabulary for word in line)]
-        pairs["train"] += [([], line) for line in lines]
-        report["openers"] = len(lines)
+            opening = opening[~(opening == UNK).any(1)]
+        silence = np.zeros((len(opening), 0), np.int32)
+        encoded["train"] = [_below(*two) for two in zip(encoded["train"], (silence, opening), strict=True)]
+        report["openers"] = len(opening)
     choices = {name: getattr(settings, name) for name in DATA_SETTINGS}
     return Prepared(
         settings,
         vocabulary,
-        {name: Pairs.from_words(rows, vocabulary) for name, rows in pairs.items()},
-        texts,
+        {name: Pairs.from_ids(*sides) for name, sides in encoded.items()},
+        {name: lines.texts(parts[name], settings) for name in SPLITS[1:]},
         report,
         counts,
         {"name": corpus.name, "digest": corpus.digest, "lines": corpus.lines, "conversations": corpus.conversations},
@@ -278,14 +317,64 @@ def padding_share(batches: list[Tensor], pairs: Pairs) -> float:
     return 1 - sum(int(part.sum()) for part in lengths) / places
 
 
-def _known(row: tuple[Exchange, list[str], list[str]], vocabulary: Vocabulary) -> bool:
-    return all(word in vocabulary for words in row[1:] for word in words)
+class _Lines:
+    """All lines of a corpus, every different one tokenised once, and those that each exchange is made of."""
+
+    def __init__(self, exchanges: list[Exchange]) -> None:
+        numbers: dict[str, int] = {}
+        self.queries = np.array([numbers.setdefault(exchange.query, len(numbers)) for exchange in exchanges], np.int64)
+        self.responses = np.array(
+            [numbers.setdefault(exchange.response, len(numbers)) for exchange in exchanges], np.int64
+        )
+        self.stream, self.lengths, self.words = tokenise_all(list(numbers))
+        self.ends = np.cumsum(self.lengths)
+
+    def matrix(self, lines: np.ndarray, most: int) -> np.ndarray:
+        """The last `most` words of some lines by their numbers, (lines, words), with -1 after the last of each."""
+        lengths = np.minimum(self.lengths[lines], most)
+        return _matrix(self.stream, self.ends[lines] - lengths, lengths, -1)
+
+    def last_words(self, line: int, most: int) -> list[str]:
+        """The last `most` words of a line."""
+        end, length = self.ends[line], self.lengths[line]
+        return [self.words[word] for word in self.stream[end - min(length, most) : end].tolist()]
+
+    def texts(self, rows: np.ndarray, settings: Settings) -> list[tuple[str, str]]:
+        """Queries, cut, and responses of some exchanges as normalised text."""
+        most = (settings.max_query_words, settings.max_response_words)
+        sides = (self.queries, self.responses)
+        return [tuple(" ".join(self.last_words(side[i], n)) for side, n in zip(sides, most, strict=True)) for i in rows]
+
+    def in_context(
+        self, exchanges: list[Exchange], rows: np.ndarray, settings: Settings, vocabulary: Vocabulary
+    ) -> np.ndarray:
+        """The queries of some exchanges with the line before each, where there is one, as ids."""
+        queries = []
+        for i in rows:
+            query, before = self.last_words(self.queries[i], settings.max_query_words), []
+            if i and exchanges[i - 1].conversation == exchanges[i].conversation:
+                before = self.last_words(self.queries[i - 1], settings.context_words)
+            queries.append(with_context(before, query, settings.context_words))
+        return _encoded(queries, vocabulary)
 
 
-def _padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.long)
-    padded = torch.full((len(sequences), max(map(len, sequences), default=0)), PAD, dtype=torch.int32)
-    if len(sequences):
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        padded[mask] = torch.tensor([index for ids in sequences for index in ids], dtype=torch.int32)
-    return padded, lengths
+def _below(*matrices: np.ndarray) -> np.ndarray:
+    """Rows of ids one below the other, as wide as the widest."""
+    widest = max(matrix.shape[1] for matrix in matrices)
+    wide = [np.pad(matrix, ((0, 0), (0, widest - matrix.shape[1])), constant_values=PAD) for matrix in matrices]
+    return np.concatenate(wide)
+
+
+def _encoded(texts: list[list[str]], vocabulary: Vocabulary) -> np.ndarray:
+    """Lists of words as rows of ids, filled up with PAD."""
+    ids = np.array([index for words in texts for index in vocabulary.encode(words)], np.int32)
+    lengths = np.array([len(words) for words in texts], np.int64)
+    return _matrix(ids, np.cumsum(lengths) - lengths, lengths, PAD)
+
+
+def _matrix(stream: np.ndarray, starts: np.ndarray, lengths: np.ndarray, filler: int) -> np.ndarray:
+    """Pieces of a stream as the rows of a matrix, filled up with `filler`."""
+    rows = np.full((len(lengths), lengths.max(initial=0)), filler, np.int32)
+    places = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+    rows[np.arange(rows.shape[1]) < lengths[:, None]] = stream[places]
+    return rows

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from helpers import sample
-from helpers.run import ROOT, shown
+from helpers.run import ROOT, no_collection, shown
 from helpers.settings import UserError
 
 DATA = ROOT / "data"
@@ -67,15 +67,21 @@ class Corpus:
     digest: str  # SHA-256 of the files that were read
 
 
+@no_collection()
 def read_corpus(source: str | Path) -> Corpus:
     """Read `sample`, `cornell`, or the path of a zip, a folder or an `utterances.jsonl`.
 
     `cornell` downloads the official zip into `data/` once. Raises CorpusError for whatever cannot be read.
     """
+    return _read_path(*locate(source))
+
+
+def locate(source: str | Path) -> tuple[Path, str]:
+    """Where a source's files lie, made or downloaded if they must be, and its name."""
     if source == "sample":
-        return _read_path(sample.write_corpus(DATA / "sample"), "sample")
+        return sample.write_corpus(DATA / "sample"), "sample"
     if source == "cornell":
-        return _read_path(download(URL, DATA / URL.rsplit("/", 1)[1], SHA256), "cornell")
+        return download(URL, DATA / URL.rsplit("/", 1)[1], SHA256), "cornell"
     path = Path(source)
     with contextlib.suppress(RuntimeError):  # ~name of nobody
         path = path.expanduser()
@@ -84,7 +90,13 @@ def read_corpus(source: str | Path) -> Corpus:
             f"There is no corpus at {path}. Give 'sample', 'cornell', or the path of a zip, a folder with {LINES} and "
             f"{CONVERSATIONS}, or ConvoKit's {UTTERANCES}."
         )
-    return _read_path(path, path.stem)
+    return path, path.stem
+
+
+def fingerprint(path: Path) -> str:
+    """The SHA-256 of the corpus's file, or of all those in a folder that `read_corpus` would read."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return "".join(_sha256(file) for file in files if file == path or file.name in (LINES, CONVERSATIONS, UTTERANCES))
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
@@ -268,18 +280,18 @@ def _read_convokit(lines: Iterable[tuple[int, str]]) -> tuple[dict[str, str], li
 
 def _exchanges(name: str, texts: dict[str, str], conversations: list[_Conversation], digest: str) -> Corpus:
     """Neighbouring lines paired, in the order of their numbers, whichever edition they come from."""
-    keyed, silent = [], 0
-    for movie, first, pairs in conversations:
-        for before, after in pairs:
-            query, response = texts[before].strip(), texts[after].strip()
+    texts = {line_id: text.strip() for line_id, text in texts.items()}
+    exchanges, silent = [], 0
+    for movie, first, pairs in sorted(conversations, key=lambda conversation: _order(conversation.first)):
+        for before, after in sorted(pairs, key=lambda pair: _order(pair[1])) if len(pairs) > 1 else pairs:
+            query, response = texts[before], texts[after]
             if query and response:
-                keyed.append((_order(first), _order(after), Exchange(query, response, first, movie)))
+                exchanges.append(Exchange(query, response, first, movie))
             else:
                 silent += 1
-    keyed.sort(key=lambda item: item[:2])
-    if not keyed:
+    if not exchanges:
         raise CorpusError(f"The corpus {name} holds no exchange: no conversation has two lines with text.")
-    return Corpus(name, [item[2] for item in keyed], len(texts), len(conversations), silent, digest)
+    return Corpus(name, exchanges, len(texts), len(conversations), silent, digest)
 
 
 def _order(line_id: str) -> tuple[int, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from helpers.checkpoint import load_model
 from helpers.decoding import GreedySearch
 from helpers.deploy import BlockSearch, captured, compiled, exported, quantised, script
 from helpers.model import Seq2Seq
-from helpers.run import Run, machine, shown, write_text
+from helpers.run import Run, machine, seconds, shown, write_text
 from helpers.settings import Settings, UserError
 from helpers.text import EOS, PAD, SOS, UNK
 
@@ -120,18 +119,14 @@ def measure(searches: dict[str, Search], pairs: Pairs, size: int, max_words: int
     At least `replies` replies are timed, after two rounds that don't count; the device is synchronised before each
     look at the clock.
     """
-    device, seconds = pairs.queries.device, {name: [] for name in searches}
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    device, taken = pairs.queries.device, {name: [] for name in searches}
     for number in range(max(-(-replies // size), ROUNDS) + WARM_UP):
         batch = pairs.batch(torch.arange(number * size, (number + 1) * size) % len(pairs))
         for name, search in searches.items():
-            wait()
-            start = time.perf_counter()
-            search(batch.query, batch.query_lengths, max_words)
-            wait()
+            value = seconds(partial(search, batch.query, batch.query_lengths, max_words), device)
             if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                taken[name].append(value)
+    return taken
 
 
 def table(
@@ -184,11 +179,11 @@ def table(
     for variant in {row["variant"] for row in rows if not row["parity"]}:
         del searches[variant]  # at one size is enough: it is not timed at the others either
     for size in sizes:
-        seconds = measure(searches, test, size, max_words, replies)
-        p50 = {variant: float(np.median(values)) for variant, values in seconds.items()}
+        taken = measure(searches, test, size, max_words, replies)
+        p50 = {variant: float(np.median(values)) for variant, values in taken.items()}
         for row in rows:
-            if row["batch"] == size and row["variant"] in seconds:
-                values = seconds[row["variant"]]
+            if row["batch"] == size and row["variant"] in taken:
+                values = taken[row["variant"]]
                 median = p50[row["variant"]]
                 row |= {
                     "p50 ms": 1e3 * median / size, "p95 ms": 1e3 * float(np.percentile(values, 95)) / size,

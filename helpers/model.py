@@ -154,7 +154,10 @@ class Seq2Seq(nn.Module):
 
     def encode(self, query: Tensor, lengths: Tensor) -> tuple[Memory, State]:
         """query (batch, query time) and its lengths (batch,) to what decoding needs."""
-        outputs, hidden = self.encoder(self.dropout(self.embedding(query)), lengths)
+        return self._encode(query, self.embedding(query), lengths)
+
+    def _encode(self, query: Tensor, embedded: Tensor, lengths: Tensor) -> tuple[Memory, State]:
+        outputs, hidden = self.encoder(self.dropout(embedded), lengths)
         memory = Memory(outputs, self.decoder.attention.keys(outputs), query != self.pad)
         return memory, State(hidden, hidden.new_zeros(query.size(0), self.decoder.combine.out_features))
 
@@ -173,9 +176,14 @@ class Seq2Seq(nn.Module):
         return self.output(self.decode(inputs, state, memory)[0])
 
     def token_logits(self, query: Tensor, query_lengths: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
-        """The same where mask (batch, response time) is True, (tokens, vocabulary): padding is never projected."""
-        memory, state = self.encode(query, query_lengths)
-        return self.output(self.decode(inputs, state, memory)[0][mask])
+        """The same where mask (batch, response time) is True, (tokens, vocabulary): padding is never projected.
+
+        Both sides' words are looked up at once, so that one gradient of the embedding's size is made and not two.
+        """
+        embedded = self.embedding(torch.cat([query, inputs], 1))
+        memory, state = self._encode(query, embedded[:, : query.size(1)], query_lengths)
+        attentional, _, _ = self.decoder(self.dropout(embedded[:, query.size(1) :]), state, memory)
+        return self.output(attentional[mask])
 
 
 def parameter_count(model: nn.Module) -> int:

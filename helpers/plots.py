@@ -290,6 +290,50 @@ def latency(rows: Sequence[dict]) -> Figure:
     return figure
 
 
+def bench(results: dict) -> Figure:
+    """The ratios of `python -m helpers bench`: how many times faster than the textbook way, medians and spread."""
+    textbook, rows = results["training"]["textbook"]["tokens"], {}
+    rows["training, fp32"] = (textbook, results["training"]["fp32"]["tokens"])
+    rows["training, bf16"] = (textbook, results["training"]["bf16"]["tokens"])
+    for size in ("batch 1", "batch 64"):
+        rows[f"replies, {size}"] = (results["replies"]["textbook"], results["replies"][size])
+    rows["preparing the corpus"] = (results["preparation"]["textbook"], results["preparation"]["ours"])
+    reached = results["time to a loss"]
+    rows["whole training to a loss"] = ([reached["ours"]["seconds"]], [reached["textbook"]["seconds"]])
+    ratios = [np.array(ours) / np.array(theirs) for theirs, ours in rows.values()]
+    middle = np.array([np.median(values) for values in ratios])
+    ends = np.array([[values.min(), values.max()] for values in ratios]).T
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.36 * len(rows)))
+    axes.barh(list(rows), middle, xerr=np.abs(ends - middle), color=BLUE, error_kw={"ecolor": GREY, "capsize": 3})
+    for place, value in enumerate(middle):
+        axes.annotate(f" {value:.1f}×", (ends[1, place], place), va="center")
+    axes.axvline(1, color=RED, linestyle="--")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("times as fast as the textbook way (dashed)")
+    return figure
+
+
+def scale(results: dict) -> Figure:
+    """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes."""
+    points = results["scale"].values()
+    lines = [point["lines"] for point in points]
+    figure, both = plt.subplots(1, 2, figsize=(8, 3.2))
+    for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory of the process, MB"), strict=True):
+        values = [point[key] for point in points]
+        axes.loglog(lines, values, "o-")
+        axes.loglog(
+            lines, [values[-1] * n / lines[-1] for n in lines], color=GREY, linestyle="--", label="proportional"
+        )
+        for n, value in zip(lines, values, strict=True):
+            axes.annotate(f"{value:,.3g}", (n, value), xytext=(0, 6), textcoords="offset points", ha="right")
+        axes.set(xlabel="lines of the corpus", ylabel=label)
+        axes.margins(0.15)
+    both[0].legend()
+    return figure
+
+
 def _smooth(values: Sequence[float], window: int) -> np.ndarray:
     """The mean of the last `window` values."""
     return pd.Series(values, dtype=float).rolling(window, min_periods=1).mean().to_numpy()

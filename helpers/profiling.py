@@ -7,7 +7,6 @@ import gzip
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from helpers.run import timings
 
 PARTS = ("embed", "encode", "attend", "decode", "project", "loss", "backward", "optimiser")
 # Operators that move no data: they only describe a tensor anew, or ask for memory.
@@ -148,18 +149,6 @@ def machine_peaks(device: torch.device, dtype: torch.dtype = torch.float32) -> d
         "GB/s": 2 * big.nbytes / min(timings(lambda: target.copy_(big), device)) / 1e9,
         "µs a call": min(timings(lambda: torch._foreach_add_([small] * 1000, 1), device)) / 1000 * 1e6,
     }
-
-
-def timings(work: Callable[[], object], device: torch.device, repeats: int = 15) -> list[float]:
-    """The seconds of each call after one to warm up."""
-    taken = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return taken[1:]
 
 
 def bounds(quick: pd.DataFrame, detailed: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:

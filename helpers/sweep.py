@@ -259,6 +259,8 @@ def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, data
     study.pruner, space, plan = pruner(spec), space_of(spec), planned(spec, study.user_attrs["trials"], base.seed)
 
     def objective(trial: optuna.Trial) -> float:
+        if database:  # Optuna's thread sends the first one a moment later: whoever died in between was never missed
+            trial.storage.record_heartbeat(trial._trial_id)
         trial.set_user_attr("worker", worker.name)
         place, started = trial.user_attrs.get("place"), time.perf_counter()
         others = study.get_trials(deepcopy=False)

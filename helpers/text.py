@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+
+import numpy as np
 
 from helpers.settings import UserError
 
@@ -16,6 +19,7 @@ SPECIAL = ("<pad>", "<sos>", "<eos>", "<unk>")
 _TAGS = re.compile(r"</?[a-zA-Z]{1,10}>")  # the corpus marks emphasis as in HTML: <u>you</u>
 _APOSTROPHES = "\u2018\u2019\u02bc\u0091\u0092\u00b4"  # 91 and 92 are Windows-1252's
 _WORDS = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*|[.!?]")
+_WORDS_AND_ENDS = re.compile(_WORDS.pattern + r"|\n")
 _SENTENCE_START = re.compile(r"(^|[.!?] )([a-z])")
 _FIRST_PERSON = re.compile(r"\bi(?=\b(?!')|'(?:m|ll|ve|d)\b)")
 
@@ -45,6 +49,27 @@ def tokenise(text: str) -> list[str]:
     if not text.isascii():
         text = text.translate(_UNACCENTED)
     return _WORDS.findall(text.lower())
+
+
+def tokenise_all(texts: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """`tokenise` for a whole corpus, in a few passes over long strings.
+
+    Returns the words of all texts in one array of numbers, the number of words of each text, and the word that each
+    number stands for, in the order of their first occurrence.
+    """
+    numbers: defaultdict[str, int] = defaultdict(itertools.count().__next__)
+    parts, ends = [], numbers["\n"]
+    for start in range(0, len(texts), 50_000):  # a piece at a time, since every word found is a string of its own
+        piece = texts[start : start + 50_000]
+        joined = _TAGS.sub(" ", "\n".join([text.replace("\n", " ") for text in piece]) + "\n")
+        if not joined.isascii():
+            joined = "\n".join(text if text.isascii() else text.translate(_UNACCENTED) for text in joined.split("\n"))
+        found = _WORDS_AND_ENDS.findall(joined.lower())
+        parts.append(np.fromiter(map(numbers.__getitem__, found), np.int32, len(found)))
+    stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    is_end = stream == ends
+    lengths = np.diff(np.flatnonzero(is_end), prepend=-1) - 1
+    return stream[~is_end] - 1, lengths, list(numbers)[1:]
 
 
 def normalise(text: str) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import random
 import signal
 import sys
@@ -15,8 +16,10 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from helpers import checkpoint
@@ -24,7 +27,7 @@ from helpers.batches import Batch, BucketedSampler, Pairs, Prepared
 from helpers.decoding import greedy
 from helpers.metrics import Likelihood
 from helpers.model import Seq2Seq, parameter_count
-from helpers.run import Run, append_text, machine, shown, training_digest, write_text
+from helpers.run import Run, append_text, keep_memory, machine, shown, timings, training_digest, write_text
 from helpers.settings import Settings, UserError
 from helpers.text import UNK, Vocabulary, tokenise
 from helpers.tracking import Tracker
@@ -80,13 +83,21 @@ def learning_rate(settings: Settings, update: int) -> float:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """`fp32` or `bf16`; `auto` takes bf16 where the device has units for it: the same choice on every run."""
+    """`fp32` or `bf16`; `auto` takes bf16 where the device has units for it and a product shows that they are faster.
+
+    Units that are there are at least twice as fast, so that the choice is the same on every run.
+    """
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has_units = any(there and "bf16" in name for name, there in torch.cpu.get_capabilities().items())
-    return "bf16" if has_units else "fp32"
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_units = any(there and "bf16" in name for name, there in torch.cpu.get_capabilities().items())
+    if not has_units:
+        return "fp32"
+    full = torch.ones(512, 512, device=device)
+    half = full.bfloat16()
+    return "bf16" if min(timings(lambda: half @ half, device)) < min(timings(lambda: full @ full, device)) else "fp32"
 
 
 def batch_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
@@ -162,10 +173,43 @@ def replies_of(model: Seq2Seq, pairs: Pairs, vocabulary: Vocabulary, max_words: 
     return replies
 
 
+class Objective(nn.Module):
+    """`batch_loss` as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Seq2Seq) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, teacher_forcing: bool) -> Tensor:
+        """The summed cross-entropy of a batch, in nats."""
+        return batch_loss(self.model, batch, teacher_forcing)[0]
+
+
+def join_ranks(device: torch.device) -> torch.device:
+    """Under torchrun: meet the other processes (NCCL on GPUs, gloo on CPUs) and return this one's device."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of processes that train together under torchrun: (0, 1) for one alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def alone(run: Run) -> contextlib.AbstractContextManager[None]:
+    """The run's folder locked by this process, or, of several that train together, by the first for all."""
+    return run.locked() if ranks()[0] == 0 else contextlib.nullcontext()
+
+
 def _alone_in_its_folder(function):
     @functools.wraps(function)
     def locked(run: Run, *arguments, **options):
-        with run.locked():
+        with alone(run):
             return function(run, *arguments, **options)
 
     return locked
@@ -173,7 +217,10 @@ def _alone_in_its_folder(function):
 
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[list[int]]:
-    """A list that Ctrl-C adds to, instead of breaking in between two tensors; a second one breaks in."""
+    """A list that Ctrl-C adds to, instead of breaking in between two tensors; a second one breaks in.
+
+    Of several processes that train together each would hear of it at another update, so there it breaks in at once.
+    """
     asked: list[int] = []
 
     def note(number, frame) -> None:
@@ -182,7 +229,7 @@ def _ctrl_c() -> Iterator[list[int]]:
         asked.append(number)
 
     ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not ours or ranks()[1] > 1 or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield asked
         return
     signal.signal(signal.SIGINT, note)
@@ -210,27 +257,41 @@ def fit(
     would have given; any other checkpoint in the folder is kept as `checkpoint.previous.pt`. Each update's random
     numbers are a function of (seed, update), so none need saving.
 
+    Under torchrun every process takes its share of each batch, and the first one alone writes files.
+
     Ctrl-C ends the update in progress, writes the checkpoint and raises KeyboardInterrupt. Raises UserError when a
     loss or gradient is not finite (the last checkpoint is kept), or when another process trains in this folder.
     """
+    rank, world = ranks()
+    keep_memory()
     digest = training_digest(settings, prepared.digest)
     model = new_model(settings, len(prepared.vocabulary)).to(device)
     optimizer = new_optimizer(model, settings)
     progress = Progress()
     state = _resumable(run, digest) if resume else None
+    if world > 1:
+        dist.barrier()  # all have read the checkpoint before the first moves it
     if state is None:
-        precision = choose_precision(settings.precision, device)
+        precision = _the_firsts(choose_precision(settings.precision, device))
         best_model = _copy(model)
-        if run.checkpoint.exists():
-            previous = run.checkpoint.replace(run.checkpoint.with_name("checkpoint.previous.pt"))
-            if resume:
-                print(f"{shown(previous)} is of other settings, data or code: training starts anew", file=sys.stderr)
-        write_text(run.metrics, "")
+        if rank == 0:
+            if run.checkpoint.exists():
+                previous = run.checkpoint.replace(run.checkpoint.with_name("checkpoint.previous.pt"))
+                if resume:
+                    what = "is of other settings, data or code: training starts anew"
+                    print(f"{shown(previous)} {what}", file=sys.stderr)
+            write_text(run.metrics, "")
     else:
         precision, best_model = state["precision"], state["best_model"]
         progress = _restore(run, state, model, optimizer)
-    if progress.update < settings.updates and not progress.stopped:
+        if rank == 0:
+            rows = read_metrics(run) if run.metrics.exists() else []
+            write_text(run.metrics, _as_lines([row for row in rows if row["update"] <= progress.update]))
+    if rank == 0 and progress.update < settings.updates and not progress.stopped:
         _record_machine(run, device, progress.update)
+    objective = Objective(model)
+    if world > 1:
+        objective = DistributedDataParallel(objective)  # no device_ids: it would move the lengths off the CPU
 
     train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
     batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
@@ -240,16 +301,19 @@ def fit(
     with (
         torch.random.fork_rng(),
         _ctrl_c() as stop,
-        tqdm(total=settings.updates, initial=progress.update, disable=not progress_bar, unit="update") as bar,
+        tqdm(
+            total=settings.updates, initial=progress.update, disable=not progress_bar or rank > 0, unit="update"
+        ) as bar,
     ):
         while progress.update < settings.updates and not progress.stopped and not stopping:
             started = time.perf_counter()
-            batch = train.batch(indices := next(batches))
+            indices = next(batches)
             try:
-                row = _update(model, optimizer, batch, settings, progress.update, precision)
+                row = take_step(objective, optimizer, train, indices, settings, progress.update, precision)
             except FloatingPointError as error:
-                append_text(run.metrics, _as_lines(rows))
-                first = " ".join(prepared.vocabulary.decode(batch.query[0].tolist()))
+                if rank == 0:
+                    append_text(run.metrics, _as_lines(rows))
+                first = " ".join(prepared.vocabulary.decode(train.queries[indices[0]].tolist()))
                 where = f"the batch of training examples {indices[:8].tolist()} … (the first query is {first!r})"
                 raise _not_finite(run, f"Update {progress.update + 1}: {error}, in {where}.") from None
             progress.update += 1
@@ -260,7 +324,7 @@ def fit(
                 bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
             due = progress.update % settings.validate_every == 0 or progress.update == settings.updates
             if due:
-                loss = evaluate(model, validation).per_token
+                loss = _the_firsts(evaluate(model, validation).per_token)
                 if not math.isfinite(loss):
                     raise _not_finite(run, f"The validation loss after update {progress.update} is {loss}.")
                 progress.stale += 1
@@ -271,7 +335,7 @@ def fit(
                 rows.append({"update": progress.update, "validation_loss": loss})
                 tracker.log({"validation_loss": loss}, progress.update)
             stopping = bool(stop)
-            if due or stopping:
+            if rank == 0 and (due or stopping):
                 append_text(run.metrics, _as_lines(rows))
                 rows = []
                 state = {
@@ -288,15 +352,17 @@ def fit(
     if progress.update < settings.updates and not progress.stopped:
         raise KeyboardInterrupt(f"stopped after update {progress.update}; {_kept(run)} Resume to go on from there.")
     tracker.summary(best_validation_loss=progress.best_loss, best_update=progress.best_update)
-    run.record(
-        settings=settings.to_dict(),
-        corpus=prepared.corpus,
-        data_digest=prepared.digest,
-        device=str(device),
-        precision=precision,
-        progress=dataclasses.asdict(progress),
-        parameters=parameter_count(model),
-    )
+    if rank == 0:
+        run.record(
+            settings=settings.to_dict(),
+            corpus=prepared.corpus,
+            data_digest=prepared.digest,
+            device=str(device),
+            processes=world,
+            precision=precision,
+            progress=dataclasses.asdict(progress),
+            parameters=parameter_count(model),
+        )
     model.load_state_dict(best_model)
     return model.eval()
 
@@ -317,30 +383,45 @@ def read_metrics(run: Run) -> list[dict]:
     return rows
 
 
-def _update(
-    model: Seq2Seq, optimizer: torch.optim.Optimizer, batch: Batch, settings: Settings, update: int, precision: str
+def take_step(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pairs: Pairs,
+    indices: Tensor,
+    settings: Settings,
+    update: int,
+    precision: str,
 ) -> dict[str, float]:
-    """One step of the optimiser; returns loss, gradient norm, learning rate and tokens.
+    """One step of the optimiser on the examples `indices`; returns loss, gradient norm, learning rate and tokens.
 
+    Of several processes each takes every so-many-th example. DistributedDataParallel averages their gradients, so each
+    one's loss is its sum × processes / all tokens: how the tokens fall on the processes then changes nothing.
     Raises FloatingPointError, before the step, if loss or gradient is not finite.
     """
-    torch.manual_seed(settings.seed * 1_000_003 + update)
+    rank, world = ranks()
+    torch.manual_seed(settings.seed * 1_000_003 + update + (rank << 48))
     rate = learning_rate(settings, update)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     ratio = settings.teacher_forcing_ratio
     teacher_forcing = ratio == 1 or random.Random(f"{settings.seed} {update}").random() < ratio
-    batch = batch.dropped(settings.query_dropout, settings.word_dropout)
+    tokens = int(pairs.response_lengths[indices].sum())
+    share = indices[rank::world]
+    # A process without a share goes through the motions with one example that does not count.
+    batch = pairs.batch(share if len(share) else indices[:1]).dropped(settings.query_dropout, settings.word_dropout)
     with torch.autocast(batch.query.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        total, tokens = batch_loss(model, batch, teacher_forcing)
-    loss = total / tokens
+        loss = objective(batch, teacher_forcing) / tokens * (len(share) > 0)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    # A limit of 0 would zero every gradient, so "no clipping" is an infinite one.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+    (loss * world).backward()
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in objective.parameters()])
+    if world > 1:
+        loss = loss.detach()
+        dist.all_reduce(loss)
     loss_value, norm_value = loss.item(), norm.item()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise FloatingPointError(f"the loss is {loss_value} and the gradient norm {norm_value}")
+    if 0 < settings.clip < norm_value:  # below the limit, multiplying all gradients by 1 would be a pass for nothing
+        nn.utils.clip_grads_with_norm_(objective.parameters(), settings.clip, norm)
     optimizer.step()
     return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate, "tokens": tokens}
 
@@ -353,19 +434,25 @@ def _resumable(run: Run, digest: str) -> dict | None:
     return state if state["digest"] == digest else None
 
 
+def _the_firsts(value):
+    """The first process's value, in all of them: what decides must be the same everywhere, to the last digit."""
+    if ranks()[1] > 1:
+        values = [value]
+        dist.broadcast_object_list(values)
+        value = values[0]
+    return value
+
+
 def _restore(run: Run, state: dict, model: Seq2Seq, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put the checkpoint's state where it belongs, and drop the metrics of updates that came after it."""
+    """Put the checkpoint's state where it belongs."""
     try:
         for weights in (state["best_model"], state["model"]):
             model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
+        return Progress(**state["progress"])
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{shown(run.checkpoint)} cannot be gone on from ({reason}). Move it away.") from None
-    rows = read_metrics(run) if run.metrics.exists() else []
-    write_text(run.metrics, _as_lines([row for row in rows if row["update"] <= progress.update]))
-    return progress
 
 
 def _record_machine(run: Run, device: torch.device, update: int) -> None:

@@ -1,9 +1,10 @@
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
-from helpers.batches import BucketedSampler, Pairs, Prepared, padding_share, prepare, split
+from helpers.batches import BucketedSampler, Pairs, Prepared, padding_share, prepare, prepared_data, split
 from helpers.corpus import Corpus, Exchange, read_corpus
 from helpers.settings import Settings, UserError
 from helpers.text import EOS, PAD, SOS, UNK, tokenise
@@ -181,3 +182,27 @@ def test_the_line_before_can_precede_the_query():
     assert words[1] == ["is", "here", "<eos>", "word1", "is", "here"]
     assert words[5] == words[0]  # the next conversation begins
     assert data.texts["test"][1][0] == "word1 is here"
+
+
+def test_prepared_data_is_kept_under_a_key_of_files_and_settings(corpus_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.batches.DATA", tmp_path)
+    corpus = tmp_path / "corpus"
+    shutil.copytree(corpus_folder, corpus)
+    first = prepared_data(corpus, TINY)
+    kept = lambda: sorted(tmp_path.glob("cache/*.pt"))  # noqa: E731
+    assert len(kept()) == 1
+    monkeypatch.setattr("helpers.batches.prepare", lambda *_: pytest.fail("was prepared again"))
+    again = prepared_data(corpus, TINY.change(hidden_size=8))
+    assert again.settings.hidden_size == 8
+    assert (again.digest, again.texts, again.counts) == (first.digest, first.texts, first.counts)
+    assert torch.equal(again.splits["train"].queries, first.splits["train"].queries)
+    monkeypatch.undo()
+    monkeypatch.setattr("helpers.batches.DATA", tmp_path)
+    assert prepared_data(corpus, TINY.change(min_count=5)).digest != first.digest
+    lines = corpus / "movie_lines.txt"
+    lines.write_bytes(lines.read_bytes().replace(b"London", b"Leeds"))
+    assert prepared_data(corpus, TINY).digest != first.digest
+    assert len(kept()) == 3
+    for path in kept():
+        path.write_bytes(b"torn")
+    assert "leeds" in prepared_data(corpus, TINY).counts

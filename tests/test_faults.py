@@ -195,14 +195,14 @@ class CtrlC(Tracker):
 
 def test_a_model_stopped_before_its_first_validation_is_the_one_that_was_trained(prepared, tmp_path, monkeypatch):
     run, settings = Run(tmp_path), TINY.change(validate_every=1000)
-    update = training._update
+    update = training.take_step
 
     def pressed(*arguments):
-        if arguments[4] == 5:
+        if arguments[5] == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return update(*arguments)
 
-    monkeypatch.setattr(training, "_update", pressed)
+    monkeypatch.setattr(training, "take_step", pressed)
     with pytest.raises(KeyboardInterrupt, match="stopped after update 6;"):
         fit(run, prepared, settings, CPU, off(run), progress_bar=False)
     model = checkpoint.load_model(run.checkpoint, CPU)[0]

@@ -25,7 +25,7 @@ FLOORS = [
     {"decoding", "checkpoint"},
     {"deploy", "training"},
     {"chat", "sweep", "profiling", "latency"},
-    {"importance"},
+    {"importance", "bench"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -8,12 +8,14 @@ from torch import nn
 
 from helpers import checkpoint
 from helpers.batches import Pairs
+from helpers.bench import StepByStep
 from helpers.checkpoint import load_model
 from helpers.run import Run
 from helpers.settings import Settings, UserError
 from helpers.text import EOS, UNK, Vocabulary
 from helpers.tracking import Tracker
 from helpers.training import (
+    Objective,
     batch_loss,
     choose_precision,
     evaluate,
@@ -227,3 +229,27 @@ def test_bf16_trains(prepared, tmp_path):
     run = train(tmp_path, prepared, TINY.change(precision="bf16"))
     assert checkpoint.load(run.checkpoint)["precision"] == "bf16"
     assert all(math.isfinite(row["loss"]) for row in read_metrics(run) if "loss" in row)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_fast_path_learns_what_the_stepwise_one_does(prepared, tmp_path, monkeypatch, optimizer):
+    settings = TINY.change(dropout=0.0, query_dropout=0.0, updates=20, optimizer=optimizer, learning_rate=1e-3)
+    fast = read_metrics(train(tmp_path / "fast", prepared, settings))
+    half = read_metrics(train(tmp_path / "half", prepared, settings.change(precision="bf16")))
+    monkeypatch.setattr("helpers.training.Objective", StepByStep)
+    steps = read_metrics(train(tmp_path / "steps", prepared, settings))
+    for a, b in zip(fast, steps, strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5)
+    assert half[-1]["validation_loss"] == pytest.approx(steps[-1]["validation_loss"], rel=0.01)
+
+
+def test_words_looked_up_together_give_the_gradient_of_both_lookups(prepared):
+    model = new_model(TINY.change(dropout=0.0), len(prepared.vocabulary))
+    batch = prepared.splits["train"].batch(torch.arange(20))
+    gradients = []
+    for kind in (Objective, StepByStep):
+        model.zero_grad()
+        kind(model)(batch, True).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,308 @@
+"""This project against the textbook way of `stepwise`, side by side in one run: preparing, training, answering.
+
+Each way works in processes of its own, so that neither's memory nor settings touch the other's, and they take turns,
+so that a machine that is busy for a while slows both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers import batches, sample, stepwise, training
+from helpers.batches import Batch, BucketedSampler, Pairs, prepare, prepared_data
+from helpers.corpus import read_corpus
+from helpers.decoding import greedy
+from helpers.profiling import machine_peaks
+from helpers.run import keep_memory, machine, seconds, write_text
+from helpers.settings import Settings, load_profile
+from helpers.text import PAD, Vocabulary
+
+LINES = {"30 thousand": 30_000, "300 thousand": 304_713, "3 million": 3_000_000}
+WORDS = 7_800  # of the vocabulary that training and decoding are timed with
+LOSS = 2.5  # nats a token, the validation loss that both ways are to reach
+ROUNDS, UPDATES = 5, 8
+# Our way in bf16 with one of its gains left out, to see what each is worth.
+WITHOUT = ("bf16, step by step", "bf16, random batches")
+
+
+def bench(device: torch.device, path: Path | None = None) -> dict:
+    """Measure everything, print the table, and write the figures to `path` as JSON if it is given."""
+    started = time.perf_counter()
+    found = {"machine": machine(), "device": device_name(device), "peaks": peaks(device)}
+    with tempfile.TemporaryDirectory() as folder:
+        found["scale"], found["preparation"] = preparation(Path(folder))
+        found["training"] = updates(device)
+        found["replies"] = replies(device)
+        found["time to a loss"] = time_to_a_loss(Path(folder), device)
+    found["seconds"] = round(time.perf_counter() - started)
+    print(table(found).to_string(index=False))
+    for name, value in found["peaks"].items():
+        print(f"measured peak, {name}: {value:,.0f}")
+    if path is not None:
+        write_text(path, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(found: dict) -> pd.DataFrame:
+    """Medians of both ways, their ratio with its spread over the rounds, and the share of the matrix peak reached."""
+    rows = []
+
+    def add(what: str, textbook: list[float], ours: list[float], share: str = "") -> None:
+        ratios = sorted(b / a for a, b in zip(textbook, ours, strict=True))
+        both = (f"{statistics.median(values):,.1f}" for values in (textbook, ours))
+        rows.append({
+            "measured": what, "textbook": next(both), "ours": next(both),
+            "ratio": f"{statistics.median(ratios):.2f}", "from – to": f"{ratios[0]:.2f} – {ratios[-1]:.2f}",
+            "of the matrix peak": share,
+        })  # fmt: skip
+
+    prepared = found["preparation"]
+    add("corpus lines/s", prepared["textbook"], prepared["ours"])
+    add("corpus lines/s, prepared before", prepared["textbook"], prepared["cached"])
+    trained = found["training"]
+    for name in [name for name in trained if name != "textbook"]:
+        share = f"{statistics.median(trained[name]['flops']) / 1e9 / found['peaks'][f'{name[:4]} GFLOP/s']:.0%}"
+        add(f"training, {name}: target tokens/s", trained["textbook"]["tokens"], trained[name]["tokens"], share)
+    for name in ("batch 1", "batch 64"):
+        add(f"replies/s, {name}", found["replies"]["textbook"], found["replies"][name])
+    reached = found["time to a loss"]
+    add(f"1/h: whole trainings to loss {LOSS}", *([3600 / reached[way]["seconds"]] for way in ("textbook", "ours")))
+    return pd.DataFrame(rows)
+
+
+def device_name(device: torch.device) -> str:
+    """What the figures were measured on, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["processor"]
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """The machine's limits: the best of several large matrix products in both precisions, and of large copies."""
+    full, half = (machine_peaks(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return {"fp32 GFLOP/s": full["GFLOP/s"], "bf16 GFLOP/s": half["GFLOP/s"], "copy GB/s": full["GB/s"]}
+
+
+def preparation(folder: Path) -> tuple[dict, dict]:
+    """Seconds and peak memory by size of a generated corpus, and lines a second of all ways at 304,713 lines."""
+    scale, rates = {}, {"textbook": [], "ours": [], "cached": []}
+    for name, wanted in LINES.items():
+        source = sample.write_corpus(folder / name, exchanges=round(wanted / 1.7234))
+        with open(source / "movie_lines.txt", "rb") as file:
+            lines = sum(1 for _ in file)
+        if wanted == LINES["300 thousand"]:
+            _alone(_prepare, "cached", source)  # fills the cache
+            for _ in range(3):
+                for way in ("textbook", "ours", "cached"):
+                    seconds, memory = _alone(_prepare, way, source)
+                    rates[way].append(lines / seconds)
+                    rates[f"{way} MB"] = memory
+            scale[name] = {"lines": lines, "seconds": lines / statistics.median(rates["ours"]), "MB": rates["ours MB"]}
+        else:
+            seconds, memory = _alone(_prepare, "ours", source)
+            scale[name] = {"lines": lines, "seconds": seconds, "MB": memory}
+    return scale, rates
+
+
+def updates(device: torch.device) -> dict:
+    """Target tokens and floating-point operations (of matrix products) a second, round by round, of all ways."""
+    context = multiprocessing.get_context("spawn")
+    found = {name: {"tokens": [], "flops": []} for name in ("textbook", "fp32", "bf16", *WITHOUT)}
+    with context.Pool(1) as textbook, context.Pool(1) as ours:
+        for _ in range(ROUNDS + 1):
+            for name, values in found.items():
+                pool = textbook if name == "textbook" else ours
+                tokens, flops = pool.apply(_train, (name, device))
+                values["tokens"].append(tokens)
+                values["flops"].append(flops)
+    return {name: {key: rates[1:] for key, rates in values.items()} for name, values in found.items()}
+
+
+def replies(device: torch.device) -> dict[str, list[float]]:
+    """Replies a second from equal weights: the textbook's search, one query at a time, and ours at two batch sizes."""
+    settings = load_profile("classic")
+    pairs, _, vocabulary = made_up_dialogue()
+    model = training.new_model(settings, len(vocabulary)).to(device).eval()
+    batch = pairs.to(device).batch(torch.arange(64))
+    one = [(batch.query[i : i + 1, : int(n)], n.view(1)) for i, n in enumerate(batch.query_lengths)]
+    ways: dict[str, Callable] = {
+        "textbook": lambda: stepwise.greedy(model, batch.query, batch.query_lengths, 10),
+        "batch 1": lambda: [greedy(model, query, length, 10) for query, length in one],
+        "batch 64": lambda: greedy(model, batch.query, batch.query_lengths, 10),
+    }
+    found = {name: [] for name in ways}
+    for turn in range(4):
+        for name, way in ways.items():
+            taken = seconds(way, device)
+            if turn:
+                found[name].append(64 / taken)
+    return found
+
+
+def time_to_a_loss(folder: Path, device: torch.device) -> dict:
+    """Seconds of a whole process, imports and preparation included, until the validation loss is `LOSS`.
+
+    Both train the classic size with the classic settings on the embedded corpus, and check every 25 updates.
+    """
+    source = sample.write_corpus(folder / "sample")
+    found = {}
+    for way in ("ours", "textbook"):
+        start = time.perf_counter()
+        (loss, updates), _ = _alone(_reach, way, source, device)
+        found[way] = {"seconds": time.perf_counter() - start, "loss": loss, "updates": updates}
+    return found
+
+
+def made_up_dialogue(examples: int = 6400) -> tuple[Pairs, list[stepwise.Pair], Vocabulary]:
+    """Exchanges to time training with, as ids and as text, and their vocabulary of 7,800 words.
+
+    Lengths of 2 to 9 words are as likely as one another, and words follow Zipf's law: near what the tutorial's filter
+    leaves of the movie dialogue.
+    """
+    randomness = random.Random(1)
+    words = [f"w{number}" for number in range(WORDS)]
+    shares = [1 / rank for rank in range(1, WORDS + 1)]
+    texts = [randomness.choices(words, shares, k=randomness.randint(2, 9)) for _ in range(2 * examples)]
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    vocabulary = Vocabulary(words)
+    return Pairs.from_words(pairs, vocabulary), [[" ".join(q), " ".join(r)] for q, r in pairs], vocabulary
+
+
+class StepByStep(training.Objective):
+    """The same loss from one decoding step after another, padding projected and all."""
+
+    def forward(self, batch: Batch, teacher_forcing: bool = True) -> Tensor:
+        memory, state = self.model.encode(batch.query, batch.query_lengths)
+        losses = []
+        for words, targets in zip(batch.inputs.unbind(1), batch.targets.unbind(1), strict=True):
+            logits, state = self.model.step(words, state, memory)
+            losses.append(functional.cross_entropy(logits.float(), targets, ignore_index=PAD, reduction="sum"))
+        return torch.stack(losses).sum()
+
+
+class _Worker:
+    """What a process of `updates` keeps between rounds: models, optimisers and the next batches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.settings = device, load_profile("classic")
+        self.pairs, self.texts, self.vocabulary = made_up_dialogue()
+        self.pairs = self.pairs.to(device)
+        self.models: dict[str, tuple] = {}
+        self.flops: dict[str, float] = {}  # of a target token
+
+    def train(self, way: str) -> tuple[float, float]:
+        """Some updates on batches of 64, drawn at random by the textbook and by length by us."""
+        update = self.textbook if way == "textbook" else self.own
+        if way not in self.flops:
+            with FlopCounterMode(display=False) as counter:
+                tokens = update(way)
+            self.flops[way] = counter.get_total_flops() / tokens
+        tokens = 0
+
+        def work() -> None:
+            nonlocal tokens
+            for _ in range(UPDATES):
+                tokens += update(way)
+
+        taken = seconds(work, self.device)
+        return tokens / taken, tokens * self.flops[way] / taken
+
+    def textbook(self, way: str) -> int:
+        if way not in self.models:
+            self.models[way] = stepwise.StepwiseTrainer(self.vocabulary.ids, self.device)
+        return self.models[way].train([random.choice(self.texts) for _ in range(64)])[1]
+
+    def own(self, way: str) -> int:
+        if way not in self.models:
+            keep_memory()
+            kind = StepByStep if "step by step" in way else training.Objective
+            objective = kind(training.new_model(self.settings, len(self.vocabulary)).to(self.device)).train()
+            order = BucketedSampler(self.pairs, 64, 1).from_update(0)
+            if "random" in way:
+                order = (torch.randint(len(self.pairs), (64,)) for _ in itertools.count())
+            self.models[way] = (objective, training.new_optimizer(objective.model, self.settings), order)
+        objective, optimizer, order = self.models[way]
+        return training.take_step(objective, optimizer, self.pairs, next(order), self.settings, 0, way[:4])["tokens"]
+
+
+_worker: _Worker | None = None
+
+
+def _train(way: str, device: torch.device) -> tuple[float, float]:
+    global _worker
+    _worker = _worker or _Worker(device)
+    return _worker.train(way)
+
+
+def _prepare(way: str, source: Path) -> float:
+    settings = Settings(min_count=3)
+    batches.DATA = source.parent  # the cache of this measurement is nobody else's
+    start = time.perf_counter()
+    if way == "textbook":
+        stepwise.read_pairs(source, settings.max_query_words, settings.min_count)
+    elif way == "ours":
+        prepare(read_corpus(source), settings)
+    else:
+        prepared_data(source, settings)
+    return time.perf_counter() - start
+
+
+def _reach(way: str, source: Path, device: torch.device) -> tuple[float, int]:
+    settings = load_profile("classic").change(max_query_words=20, max_response_words=20, min_count=1)
+    prepared = prepare(read_corpus(source), settings)
+    words, train, validation = prepared.vocabulary, prepared.splits["train"], prepared.splits["validation"].first(512)
+    if way == "ours":
+        keep_memory()
+        precision = training.choose_precision("auto", device)
+        train, validation = train.to(device), validation.to(device)
+        objective = training.Objective(training.new_model(settings, len(words)).to(device))
+        optimizer = training.new_optimizer(objective.model, settings)
+        order = BucketedSampler(train, 64, 1).from_update(0)
+    else:
+        texts = _texts(train, words)
+        held_out = _texts(validation, words)
+        held_out = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
+        trainer = stepwise.StepwiseTrainer(words.ids, device)
+    for update in range(1, 2001):
+        if way == "ours":
+            training.take_step(objective, optimizer, train, next(order), settings, update, precision)
+        else:
+            trainer.train([random.choice(texts) for _ in range(64)])
+        if update % 25 == 0:
+            if way == "ours":
+                loss = training.evaluate(objective.model, validation).per_token
+            else:
+                loss = trainer.evaluate(held_out)
+            if loss <= LOSS:
+                break
+    return loss, update
+
+
+def _texts(pairs: Pairs, vocabulary: Vocabulary) -> list[stepwise.Pair]:
+    rows = zip(pairs.queries.tolist(), pairs.responses.tolist(), strict=True)
+    return [[" ".join(vocabulary.decode(query)), " ".join(vocabulary.decode(response))] for query, response in rows]
+
+
+def _alone(function: Callable, *arguments) -> tuple:
+    """What a function returns in a fresh process, and that process's peak memory in MB."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_with_memory, (function, arguments))
+
+
+def _with_memory(function: Callable, arguments: tuple) -> tuple:
+    import resource  # not on Windows
+
+    result = function(*arguments)
+    return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,72 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from helpers import bench, plots
+from tests.conftest import CPU
+
+FOUND = {
+    "peaks": {"fp32 GFLOP/s": 200.0, "bf16 GFLOP/s": 800.0},
+    "scale": {"a": {"lines": 30, "seconds": 1.0, "MB": 10.0}, "b": {"lines": 300, "seconds": 10.0, "MB": 50.0}},
+    "preparation": {"textbook": [10.0, 20.0], "ours": [40.0, 100.0], "cached": [400.0, 400.0]},
+    "training": {
+        "textbook": {"tokens": [100.0, 110.0, 90.0], "flops": [1e9] * 3},
+        "fp32": {"tokens": [200.0, 220.0, 270.0], "flops": [1.5e11] * 3},
+        "bf16": {"tokens": [500.0, 660.0, 450.0], "flops": [4e11] * 3},
+    },
+    "replies": {"textbook": [10.0], "batch 1": [20.0], "batch 64": [300.0]},
+    "time to a loss": {"textbook": {"seconds": 100.0}, "ours": {"seconds": 25.0}},
+}
+
+
+def test_the_table_gives_medians_of_the_rounds_ratios_and_their_spread():
+    rows = bench.table(FOUND).set_index("measured")
+    row = rows.loc["training, bf16: target tokens/s"]
+    assert (row["textbook"], row["ours"], row["ratio"]) == ("100.0", "500.0", "5.00")
+    assert row["from – to"] == "5.00 – 6.00"
+    assert row["of the matrix peak"] == "50%"
+    assert rows.loc["corpus lines/s", "from – to"] == "4.00 – 5.00"
+    assert rows.loc[f"1/h: whole trainings to loss {bench.LOSS}", "ratio"] == "4.00"
+
+
+def test_the_pictures_show_the_measured_numbers():
+    figure = plots.bench(FOUND)
+    texts = [text.get_text().strip() for text in figure.axes[0].texts]
+    assert texts == ["2.0×", "5.0×", "2.0×", "30.0×", "4.5×", "4.0×"]
+    figure = plots.scale(FOUND)
+    assert np.allclose(figure.axes[0].lines[0].get_ydata(), [1, 10])
+    plt.close("all")
+
+
+def test_the_made_up_dialogue_has_the_stated_size_and_both_ways_see_the_same_texts():
+    pairs, texts, vocabulary = bench.made_up_dialogue(50)
+    assert len(vocabulary) == bench.WORDS + 4
+    assert (len(pairs), len(texts)) == (50, 50)
+    lengths = [len(text.split()) for pair in texts for text in pair]
+    assert set(lengths) == set(range(2, 10))
+    assert bench._texts(pairs, vocabulary) == texts
+
+
+def test_both_ways_train_in_a_worker_and_count_their_tokens_and_operations(monkeypatch):
+    monkeypatch.setattr(bench, "UPDATES", 1)
+    monkeypatch.setattr(bench, "WORDS", 50)
+    worker = bench._Worker(CPU)
+    for way in ("textbook", "fp32"):
+        tokens, flops = worker.train(way)
+        assert tokens > 0
+        # every target token passes at least the output matrix, forwards and twice backwards
+        assert flops / tokens > 3 * 2 * 500 * 50
+
+
+@pytest.mark.parametrize("way", ["textbook", "ours", "cached"])
+def test_every_way_of_preparing_is_timed_on_the_same_corpus(corpus_folder, way, monkeypatch, tmp_path):
+    monkeypatch.setattr("helpers.batches.DATA", tmp_path)
+    (tmp_path / "corpus").symlink_to(corpus_folder)
+    assert bench._prepare(way, tmp_path / "corpus") > 0
+    assert bool(list(tmp_path.glob("cache/*.pt"))) == (way == "cached")
+
+
+def test_the_peaks_are_rates_of_this_machine():
+    found = bench.peaks(CPU)
+    assert set(found) == {"fp32 GFLOP/s", "bf16 GFLOP/s", "copy GB/s"}
+    assert all(1 < value < 1e6 for value in found.values())
