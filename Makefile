@@ -35,7 +35,7 @@ KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
 export WANDB_SILENT := true
 
 NAMES := 01_data_preparation 02_model 03_training 04_decoding_and_chat 05_hyperparameter_sweep 06_profiling \
-         07_torchscript_and_latency
+         07_torchscript_and_latency solutions
 FOLDER := $(ROOT)runs/$(RUN)
 DONE := $(NAMES:%=$(FOLDER)/notebooks/%.ipynb)
 HELPERS := $(wildcard $(ROOT)helpers/*.py)
@@ -58,7 +58,7 @@ help: ## this list
 	@echo "  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=sample|cornell|classic  DEVICE=auto|cpu|cuda"
 	@echo "  PARAMS=\"-p name value\" reaches the notebooks; PYTHON=python3 VENV= uses that interpreter as it is."
 
-run-all: $(DONE) ## notebooks 01 to 07 in order; executed copies and all results in runs/NAME
+run-all: $(DONE) ## notebooks 01 to 07 in order, then the solutions; executed copies and all results in runs/NAME
 	@echo "Done: runs/$(RUN) holds the executed notebooks, the checkpoint, figures and tables."
 
 # Each notebook needs its source, the helpers, the settings and the notebook before it.

@@ -317,20 +317,20 @@ def bench(results: dict) -> Figure:
 
 def scale(results: dict) -> Figure:
     """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes."""
-    points = results["scale"].values()
-    lines = [point["lines"] for point in points]
+    lines = [point["lines"] for point in results["scale"]]
     figure, both = plt.subplots(1, 2, figsize=(8, 3.2))
     for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory of the process, MB"), strict=True):
-        values = [point[key] for point in points]
+        values = [point[key] for point in results["scale"]]
         axes.loglog(lines, values, "o-")
         axes.loglog(
             lines, [values[-1] * n / lines[-1] for n in lines], color=GREY, linestyle="--", label="proportional"
         )
         for n, value in zip(lines, values, strict=True):
-            axes.annotate(f"{value:,.3g}", (n, value), xytext=(0, 6), textcoords="offset points", ha="right")
+            text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+            axes.annotate(text, (n, value), xytext=(0, 6), textcoords="offset points", ha="center")
         axes.set(xlabel="lines of the corpus", ylabel=label)
         axes.margins(0.15)
-    both[0].legend()
+        axes.legend(loc="lower right")
     return figure
 
 

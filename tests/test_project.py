@@ -30,6 +30,7 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+SOLUTIONS = ROOT / "notebooks" / "solutions.ipynb"
 sys.path.insert(0, str(ROOT / "tools"))
 
 
@@ -63,7 +64,12 @@ def test_there_are_seven_notebooks():
     assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, 8)]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def prose(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, SOLUTIONS], ids=lambda path: path.stem)
 def test_a_notebook_is_whole(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -77,11 +83,21 @@ def test_a_notebook_is_whole(path):
             assert str(ROOT) not in text
             assert "/home/" not in text
         assert len(cell.source.splitlines()) <= 25, cell.source
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    for part in ("**You will learn**", "**Time**", "**Needs**", "## Summary", "## Exercises"):
+    text = prose(path)
+    for part in ("**Time**", "**Needs**"):
         assert part in text
+    for part in ("**You will learn**", "## Summary", "## Exercises"):
+        assert part in text or path == SOLUTIONS
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (path.parent / link).is_file(), link
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_exercise_has_a_solution(path):
+    number = int(path.stem[:2])
+    exercises = re.findall(r"^(\d)\. ", prose(path).partition("## Exercises")[2], re.MULTILINE)
+    solved = re.findall(rf"^### {number}\.(\d) ", prose(SOLUTIONS), re.MULTILINE)
+    assert solved == exercises == ["1", "2", "3"]
 
 
 def test_a_parameter_that_no_notebook_has_is_refused(tmp_path):
@@ -128,6 +144,7 @@ def test_pages_show_formulas_without_a_network():
     assert "\\frac" not in text
     assert "MathJax.js" not in text
     assert 'href="03_training.html"' in text
+    assert 'href="solutions.html"' in text
 
 
 def test_the_tables_of_the_readme_are_those_of_the_results():

@@ -100,6 +100,8 @@ def pictures(run: Run) -> dict[str, plt.Figure]:
         "compare": plots.compare(result("compare-cornell_excerpt.json")["models"]),
         "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
         "profile": plots.grouped_bars(pd.DataFrame(parts), "milliseconds a step"),
+        "bench": plots.bench(result("bench-cpu.json")),
+        "scale": plots.scale(result("bench-cpu.json")),
         "latency_table": plots.latency(result("latency-cpu.json")["rows"]),
     }
 

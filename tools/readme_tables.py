@@ -7,6 +7,7 @@ import json
 import re
 import sys
 
+from helpers import bench as benchmark
 from helpers.run import ROOT, write_text
 
 README = ROOT / "README.md"
@@ -85,6 +86,19 @@ def profile() -> str:
 {found["peaks"]["GFLOP/s"]:.0f} GFLOP/s and {found["peaks"]["GB/s"]:.0f} GB/s. {device(found["machine"])}."""
 
 
+def bench() -> str:
+    """This project against the textbook way."""
+    found = result("bench-cpu.json")
+    rows = benchmark.table(found)
+    scale = [f"{at['lines']:,} lines in {at['seconds']:.1f} s and {at['MB']:,.0f} MB" for at in found["scale"]]
+    peaks = ", ".join(f"{value:,.0f} {unit}" for unit, value in found["peaks"].items())
+    return f"""{table(list(rows), rows.values.tolist())}
+
+Medians and ratios over the rounds of one run in which both ways take turns. Generated corpora are prepared at
+{"; ".join(scale)}. Measured peaks of this machine: {peaks}.
+`make bench`, {found["seconds"] / 60:.0f} minutes. {device(found["machine"])}."""
+
+
 def latency() -> str:
     """Every way of answering."""
     found = result("latency-cpu.json")
@@ -111,7 +125,7 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
-TABLES = {"quality": quality, "sweep": sweep, "profile": profile, "latency": latency}
+TABLES = {"quality": quality, "sweep": sweep, "profile": profile, "bench": bench, "latency": latency}
 
 
 def main() -> int:
