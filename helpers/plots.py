@@ -291,7 +291,8 @@ def latency(rows: Sequence[dict]) -> Figure:
 
 
 def bench(results: dict) -> Figure:
-    """The ratios of `python -m helpers bench`: how many times faster than the textbook way, medians and spread."""
+    """The ratios of `python -m helpers bench`: how many times faster than the textbook way; bars of medians, and the
+    least and greatest ratio of any round."""
     textbook, rows = results["training"]["textbook"]["tokens"], {}
     rows["training, fp32"] = (textbook, results["training"]["fp32"]["tokens"])
     rows["training, bf16"] = (textbook, results["training"]["bf16"]["tokens"])
@@ -301,10 +302,16 @@ def bench(results: dict) -> Figure:
     reached = results["time to a loss"]
     rows["whole training to a loss"] = ([reached["ours"]["seconds"]], [reached["textbook"]["seconds"]])
     ratios = [np.array(ours) / np.array(theirs) for theirs, ours in rows.values()]
-    middle = np.array([np.median(values) for values in ratios])
+    middle = np.array([np.median(ours) / np.median(theirs) for theirs, ours in rows.values()])
     ends = np.array([[values.min(), values.max()] for values in ratios]).T
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.36 * len(rows)))
-    axes.barh(list(rows), middle, xerr=np.abs(ends - middle), color=BLUE, error_kw={"ecolor": GREY, "capsize": 3})
+    axes.barh(
+        list(rows),
+        middle,
+        xerr=np.clip([middle - ends[0], ends[1] - middle], 0, None),
+        color=BLUE,
+        error_kw={"ecolor": GREY, "capsize": 3},
+    )
     for place, value in enumerate(middle):
         axes.annotate(f" {value:.1f}×", (ends[1, place], place), va="center")
     axes.axvline(1, color=RED, linestyle="--")

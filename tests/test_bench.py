@@ -32,7 +32,7 @@ def test_the_table_gives_medians_of_the_rounds_ratios_and_their_spread():
 def test_the_pictures_show_the_measured_numbers():
     figure = plots.bench(FOUND)
     texts = [text.get_text().strip() for text in figure.axes[0].texts]
-    assert texts == ["2.0×", "5.0×", "2.0×", "30.0×", "4.5×", "4.0×"]
+    assert texts == ["2.2×", "5.0×", "2.0×", "30.0×", "4.7×", "4.0×"]
     figure = plots.scale(FOUND)
     assert np.allclose(figure.axes[0].lines[0].get_ydata(), [1, 10])
     plt.close("all")

@@ -94,8 +94,8 @@ def bench() -> str:
     peaks = ", ".join(f"{value:,.0f} {unit}" for unit, value in found["peaks"].items())
     return f"""{table(list(rows), rows.values.tolist())}
 
-Medians and ratios over the rounds of one run in which both ways take turns. Generated corpora are prepared at
-{"; ".join(scale)}. Measured peaks of this machine: {peaks}.
+Medians over the rounds of one run in which both ways take turns, their ratio, and the rounds' ratios. Generated
+corpora are prepared at {"; ".join(scale)}. Measured peaks of this machine: {peaks}.
 `make bench`, {found["seconds"] / 60:.0f} minutes. {device(found["machine"])}."""
 
 
