@@ -19,7 +19,7 @@ from helpers import stepwise
 from helpers.batches import BucketedSampler, Pairs, Prepared
 from helpers.checkpoint import load_model
 from helpers.decoding import GreedySearch
-from helpers.deploy import BlockSearch, captured, compiled, exported, quantised, script
+from helpers.deploy import BlockSearch, captured, compiled, exported, frozen, quantised, script
 from helpers.model import Seq2Seq
 from helpers.run import Run, machine, seconds, shown, write_text
 from helpers.settings import Settings, UserError
@@ -51,7 +51,7 @@ def variants(model: Seq2Seq, longest_query: int, compilation: bool) -> dict[str,
     blocks = partial(BlockSearch, longest_query=longest_query)
 
     def int8() -> tuple[Search, nn.Module]:
-        scripted = script(quantised(model))
+        scripted = frozen(script(quantised(model)))
         return scripted, scripted
 
     def bf16() -> tuple[Search, nn.Module]:
