@@ -113,7 +113,7 @@ def latency() -> str:
 
 Milliseconds a reply; *run's* is the bot of the first table, *classic* a model of the tutorial's size that says ten
 words. Every way was first compared with eager on {found["rows"][0]["compared"]} held-out queries. Left out: {left}.
-`python -m helpers latency --run DIR --device cpu --json results/latency-cpu.json`. {device(found["machine"])}."""
+`make latency RUN=name`. {device(found["machine"])}."""
 
 
 def filled(text: str) -> str:
