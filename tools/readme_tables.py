@@ -46,6 +46,17 @@ def quality() -> str:
 {device(found["machine"])}."""
 
 
+def replies() -> str:
+    """What the two models answer, good and bad, to queries that are in no corpus."""
+    models = result("compare-cornell_excerpt.json")["models"]
+    columns = {"classic": "greedy", "cornell": "mmi"}
+    rows = [
+        [query, *(models[name]["replies"][query][decoder] for name, decoder in columns.items())]
+        for query in models["cornell"]["replies"]
+    ]
+    return table(["query", *(f"{name}, {decoder}" for name, decoder in columns.items())], rows)
+
+
 def sweep() -> str:
     """What moved the validation loss."""
     found = result("sweep-excerpt.json")
@@ -125,7 +136,7 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
-TABLES = {"quality": quality, "sweep": sweep, "profile": profile, "bench": bench, "latency": latency}
+TABLES = {function.__name__: function for function in (quality, replies, sweep, profile, bench, latency)}
 
 
 def main() -> int:
