@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import signal
@@ -153,6 +154,23 @@ import os; print("kernel", os.getpid())
         assert notebook.run([1]) == []
     fit(straight, prepared, settings, CPU, off(straight), progress_bar=False)
     assert equal(checkpoint.load(run.checkpoint), checkpoint.load(straight.checkpoint))
+
+
+def test_a_wandb_key_stays_out_of_a_notebook_and_of_its_run(prepared, monkeypatch):
+    key = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setitem(PARAMETERS, "03", {"overrides": "updates=4 validate_every=2"})
+    run = Run.named("sample")
+    prepared.save(run.data)
+    notebook = Notebook.numbered("03")
+    fits = next(number for number, cell in enumerate(notebook.cells) if "model = training.fit(" in cell.source)
+    with notebook.kernel():
+        assert notebook.run(range(fits + 1)) == []
+    assert run.checkpoint.is_file()
+    assert list(run.wandb.rglob("*.wandb"))  # it was logged, offline
+    assert key not in json.dumps(notebook.client.nb)
+    for path in run.folder.rglob("*"):
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path
 
 
 @soak
