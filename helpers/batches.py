@@ -192,7 +192,7 @@ class Prepared:
                 state["corpus"],
                 state["digest"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{shown(path)} is incomplete ({error!r}). Delete it and prepare the data again.") from None
 
 

@@ -212,6 +212,7 @@ class _Worker:
     """What a process of `updates` keeps between rounds: models, optimisers and the next batches."""
 
     def __init__(self, device: torch.device) -> None:
+        seed()
         self.device, self.settings = device, load_profile("classic")
         self.pairs, self.texts, self.vocabulary = made_up_dialogue()
         self.pairs = self.pairs.to(device)
@@ -276,6 +277,7 @@ def _prepare(way: str, source: Path) -> float:
 
 
 def _reach(way: str, source: Path, device: torch.device) -> tuple[float, int]:
+    seed()
     settings = load_profile("classic").change(max_query_words=20, max_response_words=20, min_count=1)
     prepared = prepare(read_corpus(source), settings)
     words, train, validation = prepared.vocabulary, prepared.splits["train"], prepared.splits["validation"].first(512)
@@ -304,6 +306,12 @@ def _reach(way: str, source: Path, device: torch.device) -> tuple[float, int]:
             if loss <= LOSS:
                 break
     return loss, update
+
+
+def seed() -> None:
+    """The textbook's weights and batches come from the global random numbers."""
+    random.seed(1)
+    torch.manual_seed(1)
 
 
 def _texts(pairs: Pairs, vocabulary: Vocabulary) -> list[stepwise.Pair]:

@@ -95,8 +95,7 @@ def locate(source: str | Path) -> tuple[Path, str]:
 
 def fingerprint(path: Path) -> str:
     """The SHA-256 of the corpus's file, or of all those in a folder that `read_corpus` would read."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return "".join(_sha256(file) for file in files if file == path or file.name in (LINES, CONVERSATIONS, UTTERANCES))
+    return "".join(map(_sha256, _files_of(path) if path.is_dir() else [path]))
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
@@ -151,7 +150,7 @@ def _fetch(url: str, part: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -159,8 +158,7 @@ def _read_path(path: Path, name: str) -> Corpus:
     """Find the corpus files in a folder, a zip or a jsonl file, and read them where they are."""
     with contextlib.ExitStack() as stack:
         if path.is_dir():
-            wanted = (LINES, CONVERSATIONS, UTTERANCES)
-            found = [file for file in sorted(path.rglob("*")) if file.name in wanted and file.is_file()]
+            found = _files_of(path)
             files = {file.name: stack.enter_context(_open(file)) for file in reversed(found)}
             names = [file.name for file in found]
         elif path.suffix == ".jsonl":
@@ -196,6 +194,11 @@ def _read_path(path: Path, name: str) -> Corpus:
         except _DAMAGE as error:
             raise CorpusError(f"{path} is damaged ({error}). Fetch it again.") from None
     return _exchanges(name, texts, conversations, hashed.hexdigest())
+
+
+def _files_of(folder: Path) -> list[Path]:
+    wanted = (LINES, CONVERSATIONS, UTTERANCES)
+    return [file for file in sorted(folder.rglob("*")) if file.name in wanted and file.is_file()]
 
 
 def _open(path: Path) -> BinaryIO:

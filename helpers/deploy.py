@@ -89,16 +89,6 @@ def quantised(model: Seq2Seq) -> Seq2Seq:
         return torch.ao.quantization.quantize_dynamic(model, {nn.GRU, nn.Linear}, dtype=torch.qint8)
 
 
-def frozen(scripted: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """The same with its weights as constants of its graph: nothing is looked up by name at each step any more.
-
-    Worth a tenth where the arithmetic is cheap, as in int8, and hardly anything in fp32.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, as TorchScript is
-        return torch.jit.freeze(scripted, preserved_attrs=["token_logits"])
-
-
 class Steps(nn.Module):
     """`count` steps of greedy search, plain tensors in and out, nothing that depends on data: what compilers want.
 

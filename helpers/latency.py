@@ -19,7 +19,7 @@ from helpers import stepwise
 from helpers.batches import BucketedSampler, Pairs, Prepared
 from helpers.checkpoint import load_model
 from helpers.decoding import GreedySearch
-from helpers.deploy import BlockSearch, captured, compiled, exported, frozen, quantised, script
+from helpers.deploy import BlockSearch, captured, compiled, exported, quantised, script
 from helpers.model import Seq2Seq
 from helpers.run import Run, machine, seconds, shown, write_text
 from helpers.settings import Settings, UserError
@@ -28,7 +28,7 @@ from helpers.text import EOS, PAD, SOS, UNK
 Search = Callable[[Tensor, Tensor, int], Tensor]
 TIE = 1e-4  # two logits closer than this may change places between two ways of computing them
 PERPLEXITY_OFF, EQUAL_REPLIES = 0.01, 0.9  # what a lossy variant may change at most, and must leave equal at least
-WARM_UP, ROUNDS = 2, 12  # rounds that don't count, and the fewest that do
+TURN, CALLS = 5, 15  # calls of one search in a row, and the fewest that are timed in all
 BLOCK = 5  # decoding steps in one CUDA graph
 # The size of the classic tutorial, which most readers' own figures are about.
 CLASSIC = Settings(embedding_size=500, hidden_size=500, layers=2, attention="dot", tie_weights=False)
@@ -51,7 +51,7 @@ def variants(model: Seq2Seq, longest_query: int, compilation: bool) -> dict[str,
     blocks = partial(BlockSearch, longest_query=longest_query)
 
     def int8() -> tuple[Search, nn.Module]:
-        scripted = frozen(script(quantised(model)))
+        scripted = script(quantised(model))
         return scripted, scripted
 
     def bf16() -> tuple[Search, nn.Module]:
@@ -114,18 +114,21 @@ def perplexity(model: nn.Module, pairs: Pairs) -> float:
 
 @torch.no_grad()
 def measure(searches: dict[str, Search], pairs: Pairs, size: int, max_words: int, replies: int) -> dict[str, list]:
-    """Seconds that each search takes for a batch of `size` replies, call by call, all searches in turn in each round.
+    """Seconds that each search takes for a batch of `size` replies, of at least `replies` replies.
 
-    At least `replies` replies are timed, after two rounds that don't count; the device is synchronised before each
-    look at the clock.
+    The searches take turns of a few calls, so that a slower moment of the machine hits all alike. The first turn does
+    not count, and neither does the first call of any: whoever answers in one way has that way's weights in the
+    processor's cache, not those of the way before. The device is synchronised before each look at the clock.
     """
     device, taken = pairs.queries.device, {name: [] for name in searches}
-    for number in range(max(-(-replies // size), ROUNDS) + WARM_UP):
-        batch = pairs.batch(torch.arange(number * size, (number + 1) * size) % len(pairs))
+    for start in range(-TURN, max(-(-replies // size), CALLS), TURN):
+        some = [torch.arange(number * size, (number + 1) * size) % len(pairs) for number in range(start, start + TURN)]
+        batches = [pairs.batch(indices) for indices in some]
         for name, search in searches.items():
-            value = seconds(partial(search, batch.query, batch.query_lengths, max_words), device)
-            if number >= WARM_UP:
-                taken[name].append(value)
+            calls = [partial(search, batch.query, batch.query_lengths, max_words) for batch in batches]
+            calls[0]()
+            values = [seconds(call, device) for call in calls]
+            taken[name] += values if start >= 0 else []
     return taken
 
 

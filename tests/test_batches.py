@@ -6,6 +6,7 @@ import torch
 
 from helpers.batches import BucketedSampler, Pairs, Prepared, padding_share, prepare, prepared_data, split
 from helpers.corpus import Corpus, Exchange, read_corpus
+from helpers.run import read_tensors, write_tensors
 from helpers.settings import Settings, UserError
 from helpers.text import EOS, PAD, SOS, UNK, tokenise
 from tests.conftest import TINY
@@ -206,3 +207,21 @@ def test_prepared_data_is_kept_under_a_key_of_files_and_settings(corpus_folder, 
     for path in kept():
         path.write_bytes(b"torn")
     assert "leeds" in prepared_data(corpus, TINY).counts
+
+
+def test_data_that_was_tampered_with_is_named(prepared, tmp_path):
+    path = tmp_path / "data.pt"
+    prepared.save(path)
+    state = read_tensors(path, "")
+    for spoilt in ("[" * 100_000, "{", "[1]"):  # nested too deep, torn, of another kind
+        write_tensors(path, state | {"texts": spoilt})
+        with pytest.raises(UserError, match="is incomplete"):
+            Prepared.load(path)
+
+
+def test_a_folder_of_a_corpus_file_s_name_is_none_of_the_corpus(corpus_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.batches.DATA", tmp_path / "data")
+    corpus = tmp_path / "corpus"
+    shutil.copytree(corpus_folder, corpus)
+    (corpus / "extra" / "movie_lines.txt").mkdir(parents=True)
+    assert prepared_data(corpus, TINY).report["train"] > 0
