@@ -123,7 +123,8 @@ def latency() -> str:
     return f"""{table(header, rows)}
 
 Milliseconds a reply; *run's* is the bot of the first table, *classic* a model of the tutorial's size that says ten
-words. Every way was first compared with eager on {found["rows"][0]["compared"]} held-out queries. Left out: {left}.
+words; *textbook* answers one query at a time and always goes on to the longest reply. Every way was
+first compared with eager on {found["rows"][0]["compared"]} held-out queries. Left out: {left}.
 `make latency RUN=name`. {device(found["machine"])}."""
 
 
