@@ -152,8 +152,8 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
 
     text = README.read_text(encoding="utf-8")
     assert filled(text) == text, "run 'make images'"
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (ROOT / link).is_file(), link
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)|src=\"([^\"]+)", text):
+        assert (ROOT / "".join(link)).is_file(), link
 
 
 def test_conda_and_pip_read_the_same_list():

@@ -1,11 +1,14 @@
 """README's tables of measured figures, from the files in `results/`: fills them in, or with --check compares.
 
-A table stands in README between `<!-- NAME -->` and `<!-- /NAME -->`; NAME is a function of this file.
+A table stands in README between `<!-- NAME -->` and `<!-- /NAME -->`; NAME is a function of this file. What is measured
+on a device, in `results/NAME-DEVICE.json`, gets one table a device.
 """
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
 
 from helpers import bench as benchmark
 from helpers.run import ROOT, write_text
@@ -25,6 +28,29 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def device(machine: dict) -> str:
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     return f"{machine['processor']}, {threads}, PyTorch {machine['torch']}, {machine['time'][:10]}"
+
+
+def summary() -> str:
+    """The figure of each table that a visitor asks for first."""
+    models = result("compare-cornell_excerpt.json")["models"]
+    classic, cornell = models["classic"], models["cornell"]
+    nats = [f"{model['short']['nats per response']:.1f}" for model in (classic, cornell)]
+    same = [classic["decoders"]["greedy"]["commonest share"], cornell["decoders"]["mmi"]["commonest share"]]
+    tokens = {way: statistics.median(rates["tokens"]) for way, rates in result("bench-cpu.json")["training"].items()}
+    faster = {way: f"{tokens[way] / tokens['textbook']:.2f}" for way in ("fp32", "bf16")}
+    reply = {
+        row["variant"]: row
+        for row in result("latency-cpu.json")["rows"]
+        if row["model"].startswith("classic") and row["batch"] == 1
+    }
+    int8 = reply["TorchScript int8"]
+    first = result("sweep-excerpt.json")["importance"]["all trials"][0]
+    return f"""- **Talks better**: a held-out response costs {nats[1]} nats, the classic recipe's model {nats[0]}; the
+  commonest of 500 replies is {same[1]:.0%} of them instead of {same[0]:.0%}.
+- **Trains faster** than the textbook way: {faster["fp32"]}× in fp32 and {faster["bf16"]}× in bf16 on a CPU.
+- **Answers faster**: {int8["p50 ms"]:.1f} ms a reply with int8 TorchScript at the classic size, the textbook way
+  {reply["textbook"]["p50 ms"]:.1f} ms ({int8["vs textbook"]:.1f}×).
+- **What mattered** in the sweep: the {first["parameter"]}, with {first["fANOVA"]:.0%} of the loss's variation."""
 
 
 def quality() -> str:
@@ -81,9 +107,8 @@ Shares of the variation of the validation loss over {found["states"]["complete"]
 `python -m helpers best ID --run runs/sweep --results results/sweep-excerpt`. {device(found["machine"])}."""
 
 
-def profile() -> str:
+def profile(found: dict) -> str:
     """The parts of a training step, stepwise and whole-sequence."""
-    found = result("profile-cpu.json")
     before, after = found["before"], found["after"]
     rows = [
         [part, f"{before[part]['ms']:.1f}" if part in before else "", f"{row['ms']:.1f}", row["bound by"]]
@@ -97,9 +122,8 @@ def profile() -> str:
 {found["peaks"]["GFLOP/s"]:.0f} GFLOP/s and {found["peaks"]["GB/s"]:.0f} GB/s. {device(found["machine"])}."""
 
 
-def bench() -> str:
+def bench(found: dict) -> str:
     """This project against the textbook way."""
-    found = result("bench-cpu.json")
     rows = benchmark.table(found)
     scale = [f"{at['lines']:,} lines in {at['seconds']:.1f} s and {at['MB']:,.0f} MB" for at in found["scale"]]
     peaks = ", ".join(f"{value:,.0f} {unit}" for unit, value in found["peaks"].items())
@@ -110,22 +134,27 @@ corpora are prepared at {"; ".join(scale)}. Measured peaks of this machine: {pea
 `make bench`, {found["seconds"] / 60:.0f} minutes. {device(found["machine"])}."""
 
 
-def latency() -> str:
-    """Every way of answering."""
-    found = result("latency-cpu.json")
-    rows = [
-        [row["model"], row["variant"], row["batch"], f"{row['p50 ms']:.2f}", f"{row['p95 ms']:.2f}",
-         f"{row['replies/s']:.0f}", f"{row['vs eager']:.2f}", f"{row['vs textbook']:.1f}"]
-        for row in found["rows"] if row.get("p50 ms")
-    ]  # fmt: skip
-    header = ["model", "way", "batch", "p50 ms", "p95 ms", "replies/s", "× eager", "× textbook"]
+def latency(found: dict) -> str:
+    """Every way of answering: median milliseconds a reply, and how many times as fast as the textbook's."""
+    cells = {(row["model"], row["variant"], row["batch"]): row for row in found["rows"] if row.get("p50 ms")}
+    models, ways, sizes = (list(dict.fromkeys(key[i] for key in cells)) for i in range(3))
+
+    def cell(*key: str | int) -> str:
+        row = cells.get(key)
+        return f"{row['p50 ms']:.2f} ({row['vs textbook']:.1f}×)" if row else "failed parity"
+
+    rows = [[model, way, *(cell(model, way, size) for size in sizes)] for model in models for way in ways]
+    header = ["model", "way", *(f"batch {size}" for size in sizes)]
     left = "; ".join(f"{name}: {why}" for name, why in found["left out"].items())
+    compared = found["rows"][0]["compared"]
     return f"""{table(header, rows)}
 
-Milliseconds a reply; *run's* is the bot of the first table, *classic* a model of the tutorial's size that says ten
-words; *textbook* answers one query at a time and always goes on to the longest reply. Every way was
-first compared with eager on {found["rows"][0]["compared"]} held-out queries. Left out: {left}.
-`make latency RUN=name`. {device(found["machine"])}."""
+Median milliseconds a reply and, in brackets, how many times as fast as the textbook; *run's* is the bot of the first
+table, *classic* a model of the tutorial's size that says ten words; *textbook* answers one query at a time and always
+goes on to the longest reply. Every way was first compared with eager on {compared} held-out queries. Left out:
+{left}.
+`make latency RUN=name`; the 95th percentiles, replies a second and parity are in `results/` and in
+notebook 07. {device(found["machine"])}."""
 
 
 def filled(text: str) -> str:
@@ -137,7 +166,13 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
-TABLES = {function.__name__: function for function in (quality, replies, sweep, profile, bench, latency)}
+def on_every_device(function: Callable[[dict], str]) -> Callable[[], str]:
+    files = sorted((ROOT / "results").glob(f"{function.__name__}-*.json"))
+    return lambda: "\n\n".join(function(result(file.name)) for file in files)
+
+
+TABLES = {function.__name__: function for function in (summary, quality, replies, sweep)}
+TABLES |= {function.__name__: on_every_device(function) for function in (profile, bench, latency)}
 
 
 def main() -> int:
