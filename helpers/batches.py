@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from helpers.corpus import DATA, Corpus, Exchange, fingerprint, locate, read_corpus
-from helpers.run import digest, no_collection, read_tensors, shown, write_tensors
-from helpers.settings import DATA_SETTINGS, Settings, UserError
+from helpers.run import code_of, digest, need, no_collection, read_tensors, shown, write_tensors
+from helpers.settings import DATA_SETTINGS, Settings, UserError, refusing
 from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise_all
 
 SPLITS = ("train", "validation", "test")
@@ -46,9 +46,9 @@ class Batch(NamedTuple):
         """
         query, lengths, inputs = self.query, self.query_lengths, self.inputs
         if word_share:
-            query = query.masked_fill((torch.rand(query.shape, device=query.device) < word_share) & (query > UNK), UNK)
-            inputs = inputs.masked_fill(
-                (torch.rand(inputs.shape, device=inputs.device) < word_share) & (inputs > UNK), UNK
+            query, inputs = (
+                ids.masked_fill((torch.rand(ids.shape, device=ids.device) < word_share) & (ids > UNK), UNK)
+                for ids in (query, inputs)
             )
         if query_share:
             silent = torch.rand(len(query)) < query_share
@@ -114,7 +114,12 @@ class Pairs:
 
     def order(self) -> Tensor:
         """Indices by rising response length, then query length."""
-        return torch.argsort(self.response_lengths * 4096 + self.query_lengths, stable=True)
+        return torch.argsort(self.keys, stable=True)
+
+    @property
+    def keys(self) -> Tensor:
+        """(examples,): what sorts them by response length, then query length."""
+        return self.response_lengths * 4096 + self.query_lengths
 
 
 class BucketedSampler:
@@ -125,7 +130,7 @@ class BucketedSampler:
     """
 
     def __init__(self, pairs: Pairs, batch_size: int, seed: int) -> None:
-        self.keys = pairs.response_lengths * 4096 + pairs.query_lengths
+        self.keys = pairs.keys
         self.batch_size, self.seed = batch_size, seed
         self.batches_per_epoch = -(-len(pairs) // batch_size)
 
@@ -164,7 +169,7 @@ class Prepared:
             "format": FORMAT,
             "settings": self.settings.to_dict(),
             "vocabulary": self.vocabulary.to_json(),
-            "splits": {name: dataclasses.asdict(pairs) for name, pairs in self.splits.items()},
+            "splits": {name: vars(pairs) for name, pairs in self.splits.items()},
             "texts": json.dumps(self.texts),  # as text, which loads many times faster than as objects
             "report": self.report,
             "counts": json.dumps(self.counts),
@@ -176,12 +181,13 @@ class Prepared:
     @classmethod
     def load(cls, path: Path) -> Prepared:
         """What `save` wrote. Raises UserError if the file is missing, damaged or of another format."""
-        if not path.is_file():
-            raise UserError(f"{shown(path)} is missing: notebook 01_data_preparation makes it. Run that first.")
-        state = read_tensors(path, "Delete it and prepare the data again.")
+        need(path, "notebook 01_data_preparation")
+        again = "Delete it and prepare the data again."
+        state = read_tensors(path, again)
         if state.get("format") != FORMAT:
-            raise UserError(f"{shown(path)} is not of format {FORMAT}: delete it and prepare the data again.")
-        try:
+            raise UserError(f"{shown(path)} is not of format {FORMAT}. {again}")
+        kinds = (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError)
+        with refusing(f"{shown(path)} is incomplete", again, *kinds):
             return cls(
                 Settings().change(**state["settings"]),
                 Vocabulary.from_json(state["vocabulary"]),
@@ -192,18 +198,16 @@ class Prepared:
                 state["corpus"],
                 state["digest"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{shown(path)} is incomplete ({error!r}). Delete it and prepare the data again.") from None
 
 
 def prepared_data(source: str | Path, settings: Settings) -> Prepared:
     """`prepare(read_corpus(source), settings)`, kept in `data/cache` under a key of the files, settings and code.
 
-    The cache holds the last few corpora, and can be deleted at any time.
+    The cache holds the last few corpora that were prepared, and can be deleted at any time.
     """
     path, name = locate(source)
-    code = [(Path(__file__).parent / f"{module}.py").read_bytes() for module in ("corpus", "text", "batches")]
-    key = digest(fingerprint(path), name, repr([getattr(settings, name) for name in DATA_SETTINGS]), *code)
+    choices = repr([getattr(settings, name) for name in DATA_SETTINGS])
+    key = digest(fingerprint(path), name, choices, *code_of("corpus", "text", "batches"))
     cached = DATA / "cache" / f"{key}.pt"
     with contextlib.suppress(UserError):  # not there, or damaged: made anew
         return dataclasses.replace(Prepared.load(cached), settings=settings)
@@ -235,34 +239,30 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
 
     chosen = split(exchanges, settings.held_out_share, settings.seed)
     part_of = np.fromiter((SPLITS.index(chosen[exchange.movie]) for exchange in exchanges), np.int8, len(exchanges))
-    parts = {name: np.flatnonzero(kept & (part_of == number)) for number, name in enumerate(SPLITS)}
-    encoded = {
-        name: (
-            lines.matrix(lines.queries[part], settings.max_query_words),
-            lines.matrix(lines.responses[part], settings.max_response_words),
-        )
-        for name, part in parts.items()
-    }
-    totals = sum(np.bincount(side[side >= 0], minlength=len(lines.words)) for side in encoded["train"])
+    rows = np.flatnonzero(kept)
+    queries = lines.matrix(lines.queries[rows], settings.max_query_words)
+    responses = lines.matrix(lines.responses[rows], settings.max_response_words)
+    said = [side[part_of[rows] == 0] for side in (queries, responses)]
+    totals = sum(np.bincount(side[side >= 0], minlength=len(lines.words)) for side in said)
     counts = Counter({word: int(total) for word, total in zip(lines.words, totals, strict=True) if total})
     vocabulary = Vocabulary.from_counts(counts, settings.min_count)
-    # Number -1, which is padding, finds the last.
-    ids = np.array([*vocabulary.encode(lines.words), PAD], np.int32)
-    encoded = {name: [ids[side] for side in sides] for name, sides in encoded.items()}
+    ids = np.array([*vocabulary.encode(lines.words), PAD], np.int32)  # number -1, which is padding, finds the last
+    queries, responses = ids[queries], ids[responses]
     if settings.rare_words == "drop":
-        known = {name: ~np.logical_or(*((side == UNK).any(1) for side in sides)) for name, sides in encoded.items()}
-        report["rare word"] = sum(int((~rows_known).sum()) for rows_known in known.values())
-        parts = {name: part[known[name]] for name, part in parts.items()}
-        encoded = {name: [side[known[name]] for side in sides] for name, sides in encoded.items()}
-    for name, part in parts.items():
-        if not len(part):
+        known = ~((queries == UNK).any(1) | (responses == UNK).any(1))
+        report["rare word"] = int((~known).sum())
+        rows, queries, responses = rows[known], queries[known], responses[known]
+    encoded, parts = {}, {}
+    for number, name in enumerate(SPLITS):
+        here = part_of[rows] == number
+        if not here.any():
             raise UserError(
                 f"No exchange is left for {name}: {report}. Give a larger corpus, or settings that drop less."
             )
-        report[name] = len(part)
-    if settings.context_words:
-        for name, part in parts.items():
-            encoded[name][0] = lines.in_context(exchanges, part, settings, vocabulary)
+        report[name] = int(here.sum())
+        parts[name], encoded[name] = rows[here], [queries[here], responses[here]]
+        if settings.context_words:
+            encoded[name][0] = lines.in_context(exchanges, parts[name], settings, vocabulary)
     if settings.openers:
         first = {exchange.conversation: number for number, exchange in reversed([*enumerate(exchanges)])}.values()
         openers = lines.queries[[number for number in first if part_of[number] == 0]]

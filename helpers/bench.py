@@ -1,24 +1,23 @@
 """This project against the textbook way of `stepwise`, side by side in one run: preparing, training, answering.
 
-Each way works in processes of its own, so that neither's memory nor settings touch the other's, and they take turns,
-so that a machine that is busy for a while slows both.
+The ways take turns, so that a machine that is busy for a while slows both. Where memory or the C library's settings
+count, in preparing and training, each side works in a process of its own.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import multiprocessing
 import random
 import re
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -30,8 +29,8 @@ from helpers.batches import Batch, BucketedSampler, Pairs, prepare, prepared_dat
 from helpers.corpus import read_corpus
 from helpers.decoding import greedy
 from helpers.profiling import machine_peaks
-from helpers.run import keep_memory, machine, seconds, write_text
-from helpers.settings import Settings, load_profile
+from helpers.run import keep_memory, machine, seconds
+from helpers.settings import Settings, UserError, load_profile
 from helpers.text import PAD, Vocabulary
 
 LINES = (30_000, 304_713, 3_000_000)  # the middle one is the whole Cornell corpus's number
@@ -43,14 +42,14 @@ ROUNDS, UPDATES = 5, 8
 WITHOUT = ("bf16, step by step", "bf16, random batches")
 
 
-def bench(device: torch.device, path: Path | None = None) -> dict:
-    """Measure everything, print the table, and write the figures to `path` as JSON if it is given."""
+def bench(device: torch.device) -> dict:
+    """Measure everything, print the table, and return the figures."""
     started = time.perf_counter()
-    found = {"machine": machine(), "device": device_name(device), "peaks": peaks(device)}
+    found = {"machine": machine(device), "peaks": peaks(device)}
     with tempfile.TemporaryDirectory() as folder:
         parts = {
             "scale": lambda: scale(Path(folder)),
-            "preparation": lambda: preparation(Path(folder) / "304713"),
+            "preparation": lambda: preparation(Path(folder) / str(LINES[1])),
             "training": lambda: updates(device),
             "replies": lambda: replies(device),
             "time to a loss": lambda: time_to_a_loss(Path(folder), device),
@@ -60,44 +59,36 @@ def bench(device: torch.device, path: Path | None = None) -> dict:
             found[part] = work()
             print(f"{part}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     found["seconds"] = round(time.perf_counter() - started)
-    print(table(found).to_string(index=False))
+    print(compared(found).to_string(float_format="{:,.2f}".format, na_rep=""))
     for name, value in found["peaks"].items():
         print(f"measured peak, {name}: {value:,.0f}")
-    if path is not None:
-        write_text(path, json.dumps(found, indent=1) + "\n")
     return found
 
 
-def table(found: dict) -> pd.DataFrame:
-    """Medians of both ways, the medians' ratio, the rounds' ratios, and the share of the matrix peak reached."""
+def compared(found: dict) -> pd.DataFrame:
+    """A row a measurement: both ways' medians, the medians' ratio, the least and greatest ratio of any round, and the
+    share of the machine's matrix peak that ours reached."""
+    prepared, answered, reached = found["preparation"], found["replies"], found["time to a loss"]
+    textbook, shares = found["training"]["textbook"]["tokens"], {}
+    pairs = {
+        "corpus lines/s": (prepared["textbook"], prepared["ours"]),
+        "corpus lines/s, prepared before": (prepared["textbook"], prepared["cached"]),
+    }
+    for way, rates in found["training"].items():
+        if way != "textbook":
+            name, peak = f"training, {way}: target tokens/s", found["peaks"][f"{way[:4]} GFLOP/s"]
+            pairs[name], shares[name] = (textbook, rates["tokens"]), np.median(rates["flops"]) / 1e9 / peak
+    pairs |= {f"replies/s, {size}": (answered["textbook"], answered[size]) for size in ("batch 1", "batch 64")}
+    hourly = [[3600 / reached[way]["seconds"]] for way in ("textbook", "ours")]
+    pairs[f"whole trainings an hour to loss {LOSS}"] = tuple(hourly)
     rows = []
-
-    def add(what: str, textbook: list[float], ours: list[float], share: str = "") -> None:
-        ratios = sorted(b / a for a, b in zip(textbook, ours, strict=True))
-        theirs, own = statistics.median(textbook), statistics.median(ours)
+    for name, (theirs, ours) in pairs.items():
+        ratios, medians = np.divide(ours, theirs), (np.median(theirs), np.median(ours))
         rows.append({
-            "measured": what, "textbook": f"{theirs:,.1f}", "ours": f"{own:,.1f}",
-            "ratio": f"{own / theirs:.2f}", "from – to": f"{ratios[0]:.2f} – {ratios[-1]:.2f}",
-            "of the matrix peak": share,
+            "measured": name, "textbook": medians[0], "ours": medians[1], "ratio": medians[1] / medians[0],
+            "low": ratios.min(), "high": ratios.max(), "share of peak": shares.get(name),
         })  # fmt: skip
-
-    prepared = found["preparation"]
-    add("corpus lines/s", prepared["textbook"], prepared["ours"])
-    add("corpus lines/s, prepared before", prepared["textbook"], prepared["cached"])
-    trained = found["training"]
-    for name in [name for name in trained if name != "textbook"]:
-        share = f"{statistics.median(trained[name]['flops']) / 1e9 / found['peaks'][f'{name[:4]} GFLOP/s']:.0%}"
-        add(f"training, {name}: target tokens/s", trained["textbook"]["tokens"], trained[name]["tokens"], share)
-    for name in ("batch 1", "batch 64"):
-        add(f"replies/s, {name}", found["replies"]["textbook"], found["replies"][name])
-    reached = found["time to a loss"]
-    add(f"whole trainings an hour to loss {LOSS}", *([3600 / reached[way]["seconds"]] for way in ("textbook", "ours")))
-    return pd.DataFrame(rows)
-
-
-def device_name(device: torch.device) -> str:
-    """What the figures were measured on, in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["processor"]
+    return pd.DataFrame(rows).set_index("measured")
 
 
 def peaks(device: torch.device) -> dict[str, float]:
@@ -111,25 +102,24 @@ def scale(folder: Path) -> list[dict]:
     found = []
     for wanted in LINES:
         source = sample.write_corpus(folder / str(wanted), exchanges=round(wanted / LINES_PER_EXCHANGE))
-        with open(source / "movie_lines.txt", "rb") as file:
-            lines = sum(1 for _ in file)
         taken, memory = _alone(_prepare, "ours", source)
-        found.append({"lines": lines, "seconds": taken, "MB": memory})
+        found.append({"lines": _lines(source), "seconds": taken, "MB": memory})
     return found
 
 
 def preparation(source: Path) -> dict[str, list[float]]:
-    """Lines a second and peak memory of all ways of preparing one corpus, taking turns."""
-    with open(source / "movie_lines.txt", "rb") as file:
-        lines = sum(1 for _ in file)
+    """Lines a second of all ways of preparing one corpus, taking turns."""
     _alone(_prepare, "cached", source)  # fills the cache
-    found: dict[str, list[float]] = {}
+    found = {way: [] for way in ("textbook", "ours", "cached")}
     for _ in range(3):
-        for way in ("textbook", "ours", "cached"):
-            taken, memory = _alone(_prepare, way, source)
-            found.setdefault(way, []).append(lines / taken)
-            found.setdefault(f"{way} MB", []).append(memory)
+        for way, rates in found.items():
+            rates.append(_lines(source) / _alone(_prepare, way, source)[0])
     return found
+
+
+def _lines(source: Path) -> int:
+    with open(source / "movie_lines.txt", "rb") as file:
+        return sum(1 for _ in file)
 
 
 def updates(device: torch.device) -> dict:
@@ -170,7 +160,8 @@ def replies(device: torch.device) -> dict[str, list[float]]:
 def time_to_a_loss(folder: Path, device: torch.device) -> dict:
     """Seconds of a whole process, imports and preparation included, until the validation loss is `LOSS`.
 
-    Both train the classic size with the classic settings on the embedded corpus, and check every 25 updates.
+    Both train the classic size with the classic settings on the embedded corpus, once each, and check every 25 updates.
+    Raises UserError if either does not come to that loss.
     """
     source = sample.write_corpus(folder / "sample")
     found = {}
@@ -288,24 +279,28 @@ def _reach(way: str, source: Path, device: torch.device) -> tuple[float, int]:
         objective = training.Objective(training.new_model(settings, len(words)).to(device))
         optimizer = training.new_optimizer(objective.model, settings)
         order = BucketedSampler(train, 64, 1).from_update(0)
-    else:
-        texts = _texts(train, words)
-        held_out = _texts(validation, words)
-        held_out = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
-        trainer = stepwise.StepwiseTrainer(words.ids, device)
-    for update in range(1, 2001):
-        if way == "ours":
+
+        def step(update: int) -> None:
             training.take_step(objective, optimizer, train, next(order), settings, update, precision)
-        else:
+
+        def validated() -> float:
+            return training.evaluate(objective.model, validation).per_token
+
+    else:
+        texts, held_out = _texts(train, words), _texts(validation, words)
+        trainer = stepwise.StepwiseTrainer(words.ids, device)
+
+        def step(update: int) -> None:
             trainer.train([random.choice(texts) for _ in range(64)])
-        if update % 25 == 0:
-            if way == "ours":
-                loss = training.evaluate(objective.model, validation).per_token
-            else:
-                loss = trainer.evaluate(held_out)
-            if loss <= LOSS:
-                break
-    return loss, update
+
+        def validated() -> float:
+            return trainer.evaluate([held_out[i : i + 64] for i in range(0, len(held_out), 64)])
+
+    for update in range(1, 2001):
+        step(update)
+        if update % 25 == 0 and (loss := validated()) <= LOSS:
+            return loss, update
+    raise UserError(f"The {way} way has not come to a loss of {LOSS} in {update} updates: {loss:.2f}. Report this.")
 
 
 def seed() -> None:

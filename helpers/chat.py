@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import html
-import importlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import TextIO
@@ -35,7 +34,6 @@ class Reply:
     text: str
     words: list[str]
     query: list[str]
-    unknown: list[str]  # words of the query that the vocabulary lacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +64,11 @@ class Chatbot:
         query = tokenise(text[-LONGEST_LINE:])[-self.settings.max_query_words :]
         search = self.search(decoder or self.decoders[0], seed, temperature)
         if not query:
-            return Reply(NO_WORDS if text.strip() else NOTHING_SAID, [], [], [])
+            return Reply(NO_WORDS if text.strip() else NOTHING_SAID, [], [])
         query = with_context(tokenise(before), query, self.settings.context_words)
         said = search(self.model, *self._encode(query), self.settings.max_response_words + 1)
         words = self.vocabulary.decode(said[0].tolist())
-        unknown = [word for word in query if word not in self.vocabulary]
-        return Reply(spell(words) or NO_ANSWER, words, query, unknown)
+        return Reply(spell(words) or NO_ANSWER, words, query)
 
     def search(self, decoder: str, seed: int = 0, temperature: float = 0.8) -> Callable[..., torch.Tensor]:
         """A decoder by its name, as a function of model, query, lengths and max_words."""
@@ -137,11 +134,10 @@ def terminal(bot: Chatbot, decoder: str = "", seed: int = 0, raw: bool = False) 
     sys.stdin.reconfigure(errors="replace", newline="\n")  # a lone carriage return ends no line
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # a Python without it has no history, and else works
-            importlib.import_module("readline")  # gives input() arrow keys and a history
+            import readline  # noqa: F401, gives input() arrow keys and a history
         print("Talk to the bot. /attention shows what its last reply looked at; /quit or Ctrl-D ends.")
-        converse(bot, _prompted(), sys.stdout, decoder, seed, raw)
-    else:
-        converse(bot, _bounded(sys.stdin), sys.stdout, decoder, seed, raw)
+    lines = _prompted() if sys.stdin.isatty() else _bounded(sys.stdin)
+    converse(bot, lines, sys.stdout, decoder, seed, raw)
 
 
 def _bounded(file: TextIO) -> Iterable[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from helpers.model import Seq2Seq
-from helpers.run import read_tensors, shown, write_tensors
-from helpers.settings import Settings, UserError
+from helpers.run import need, read_tensors, shown, write_tensors
+from helpers.settings import Settings, UserError, refusing
 from helpers.text import Vocabulary
 
 FORMAT = 1
@@ -28,10 +28,7 @@ def load(path: Path) -> dict:
 
     Raises UserError if the file is missing, damaged, or not a checkpoint of this project.
     """
-    if not path.is_file():
-        raise UserError(
-            f"{shown(path)} is missing: notebook 03_training or 'python -m helpers train' makes it. Run that first."
-        )
+    need(path, "notebook 03_training or 'python -m helpers train'")
     state = read_tensors(path, "Use another checkpoint, or train again.")
     fits = set(state) == set(KINDS) and all(isinstance(state[key], kind) for key, kind in KINDS.items())
     if not fits or state["format"] != FORMAT:
@@ -46,7 +43,8 @@ def load_model(path: Path, device: torch.device) -> tuple[Seq2Seq, Vocabulary, S
     is missing, damaged, or does not fit its own settings.
     """
     state = load(path)
-    try:
+    kinds = (UserError, RuntimeError, TypeError, KeyError, AttributeError)
+    with refusing(f"{shown(path)} does not fit its own settings", "Use another one.", *kinds):
         settings = Settings().change(**state["settings"])
         vocabulary = Vocabulary.from_json(state["vocabulary"])
         weights = state["best_model"] if state["progress"]["best_update"] else state["model"]
@@ -56,7 +54,4 @@ def load_model(path: Path, device: torch.device) -> tuple[Seq2Seq, Vocabulary, S
             raise UserError("the weights are of other shapes")
         model = Seq2Seq(settings, len(vocabulary))
         model.load_state_dict(weights)
-    except (UserError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{shown(path)} does not fit its own settings ({reason}). Use another one.") from None
     return model.to(device).eval(), vocabulary, settings

@@ -1,9 +1,13 @@
-"""Any edition of the corpus to one list of exchanges: zip, folder, ConvoKit's jsonl, or the embedded sample."""
+"""Any edition of the corpus to one list of exchanges: zip, folder, ConvoKit's jsonl, or the embedded sample.
+
+Whatever cannot be read is a UserError that names the file, the line and what was expected there.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
 import io
@@ -16,7 +20,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -32,7 +36,6 @@ LINES, CONVERSATIONS, UTTERANCES = "movie_lines.txt", "movie_conversations.txt",
 LARGEST_FILE = 1 << 30  # bytes; a zip member that claims or turns out to be larger is refused
 LONGEST_LINE = 1 << 24  # bytes
 
-_SEPARATOR = " +++$+++ "
 _ID_LIST = re.compile(r"\['[^',\s]+'(?:, '[^',\s]+')*\]")
 _ID = re.compile(r"'([^',\s]+)'")
 _NUMBER = re.compile(r"\d+")
@@ -40,10 +43,6 @@ _HIGH_BYTES = re.compile(rb"[\x80-\xff]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: JSON can escape it, but it is no character
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, RuntimeError, ValueError)
 _REPLACEMENT = b"\xef\xbf\xbd"  # U+FFFD, which stands in the published files where a conversion once failed
-
-
-class CorpusError(UserError):
-    """The corpus cannot be read: the message names the file, the line and what was expected there."""
 
 
 class Exchange(NamedTuple):
@@ -71,7 +70,7 @@ class Corpus:
 def read_corpus(source: str | Path) -> Corpus:
     """Read `sample`, `cornell`, or the path of a zip, a folder or an `utterances.jsonl`.
 
-    `cornell` downloads the official zip into `data/` once. Raises CorpusError for whatever cannot be read.
+    `cornell` downloads the official zip into `data/` once. Raises UserError for whatever cannot be read.
     """
     return _read_path(*locate(source))
 
@@ -82,11 +81,9 @@ def locate(source: str | Path) -> tuple[Path, str]:
         return sample.write_corpus(DATA / "sample"), "sample"
     if source == "cornell":
         return download(URL, DATA / URL.rsplit("/", 1)[1], SHA256), "cornell"
-    path = Path(source)
-    with contextlib.suppress(RuntimeError):  # ~name of nobody
-        path = path.expanduser()
+    path = Path(os.path.expanduser(source))
     if not (os.path.isfile(path) or os.path.isdir(path)):
-        raise CorpusError(
+        raise UserError(
             f"There is no corpus at {path}. Give 'sample', 'cornell', or the path of a zip, a folder with {LINES} and "
             f"{CONVERSATIONS}, or ConvoKit's {UTTERANCES}."
         )
@@ -101,27 +98,27 @@ def fingerprint(path: Path) -> str:
 def download(url: str, path: Path, sha256: str) -> Path:
     """Fetch a file once, with a progress bar, going on where an earlier attempt broke off.
 
-    The file takes its name only when its SHA-256 is right. Raises CorpusError if there is no network, if the server
+    The file takes its name only when its SHA-256 is right. Raises UserError if there is no network, if the server
     sends something else, or if the checksum is wrong (the partial file is then removed).
     """
     if path.is_file():
         if _sha256(path) != sha256:
-            raise CorpusError(f"{shown(path)} has the wrong SHA-256, not {sha256}. Delete it and run again.")
+            raise UserError(f"{shown(path)} has the wrong SHA-256, not {sha256}. Delete it and run again.")
         return path
     part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     by_hand = f"Fetch it by other means and put it at {shown(path)}, or give a local file as the corpus."
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, part)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
-        raise CorpusError(f"{url} could not be downloaded ({reason}). {by_hand}") from None
+        raise UserError(f"{url} could not be downloaded ({reason}). {by_hand}") from None
     found = _sha256(part)
     if found != sha256:
         with open(part, "rb") as file:
             looks = "a web page" if file.read(512).lstrip()[:1] == b"<" else f"{part.stat().st_size:,} bytes"
         part.unlink()
-        raise CorpusError(f"{url} sent {looks} with SHA-256 {found}, not {sha256}; it was deleted. {by_hand}")
+        raise UserError(f"{url} sent {looks} with SHA-256 {found}, not {sha256}; it was deleted. {by_hand}")
     part.replace(path)
     return path
 
@@ -158,42 +155,49 @@ def _read_path(path: Path, name: str) -> Corpus:
     """Find the corpus files in a folder, a zip or a jsonl file, and read them where they are."""
     with contextlib.ExitStack() as stack:
         if path.is_dir():
-            found = _files_of(path)
-            files = {file.name: stack.enter_context(_open(file)) for file in reversed(found)}
-            names = [file.name for file in found]
+            found = [(file.name, functools.partial(_open, file)) for file in _files_of(path)]
         elif path.suffix == ".jsonl":
-            files, names = {UTTERANCES: stack.enter_context(_open(path))}, [UTTERANCES]
+            found = [(UTTERANCES, functools.partial(_open, path))]
         else:
-            try:
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                found = [m for m in archive.infolist() if Path(m.filename).name in (LINES, CONVERSATIONS, UTTERANCES)]
-                found = [m for m in found if not m.filename.startswith("__MACOSX")]  # the official zip carries such
-                for member in found:
-                    swollen = member.file_size > max(LONGEST_LINE, 100 * member.compress_size)  # text shrinks to 1/10
-                    if member.file_size > LARGEST_FILE or swollen:
-                        claim = f"{member.filename} claims {member.file_size:,} bytes"
-                        raise CorpusError(f"{path}: {claim}, a sign of damage or a bomb; refused. Fetch it again.")
-                files = {Path(m.filename).name: stack.enter_context(archive.open(m)) for m in found}
-                names = [Path(m.filename).name for m in found]
-            except _DAMAGE as error:
-                with _open(path) as file:
-                    page = file.read(512).lstrip()[:1] == b"<"
-                why = "it looks like a web page" if page else str(error)
-                raise CorpusError(f"{path} is not a zip file that can be read ({why}). Fetch it again.") from None
+            found = _members(path, stack)
+        names = [file for file, _ in found]
         if len(set(names)) != len(names):
-            raise CorpusError(f"{path} holds several corpora: more than one file is called {sorted(names)[0]}.")
+            raise UserError(f"{path} holds several corpora: more than one file is called {sorted(names)[0]}.")
         hashed = hashlib.sha256()
         try:
+            files = {file: stack.enter_context(opened()) for file, opened in found}
             if LINES in files and CONVERSATIONS in files:
                 texts, conversations = _read_cornell(files, hashed)
             elif UTTERANCES in files:
                 texts, conversations = _read_convokit(_lines(files[UTTERANCES], UTTERANCES, hashed))
             else:
                 wanted = f"{LINES} and {CONVERSATIONS}, or {UTTERANCES}"
-                raise CorpusError(f"{path} does not hold {wanted}; it holds {', '.join(names) or 'none of them'}.")
+                raise UserError(f"{path} does not hold {wanted}; it holds {', '.join(names) or 'none of them'}.")
         except _DAMAGE as error:
-            raise CorpusError(f"{path} is damaged ({error}). Fetch it again.") from None
+            raise UserError(f"{path} is damaged ({error}). Fetch it again.") from None
     return _exchanges(name, texts, conversations, hashed.hexdigest())
+
+
+def _members(path: Path, stack: contextlib.ExitStack) -> list[tuple[str, Callable[[], BinaryIO]]]:
+    """The corpus files in a zip: names, and what opens them until the stack is closed."""
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+    except _DAMAGE as error:
+        with _open(path) as file:
+            page = file.read(512).lstrip()[:1] == b"<"
+        why = "it looks like a web page" if page else str(error)
+        raise UserError(f"{path} is not a zip file that can be read ({why}). Fetch it again.") from None
+    found = []
+    for member in archive.infolist():
+        name = Path(member.filename).name
+        if name not in (LINES, CONVERSATIONS, UTTERANCES) or member.filename.startswith("__MACOSX"):
+            continue  # the official zip carries such
+        swollen = member.file_size > max(LONGEST_LINE, 100 * member.compress_size)  # text shrinks to 1/10
+        if member.file_size > LARGEST_FILE or swollen:
+            claim = f"{member.filename} claims {member.file_size:,} bytes"
+            raise UserError(f"{path}: {claim}, a sign of damage or a bomb; refused. Fetch it again.")
+        found.append((name, functools.partial(archive.open, member)))
+    return found
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -205,7 +209,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 class _Conversation(NamedTuple):
@@ -218,29 +222,29 @@ def _read_cornell(files: dict[str, BinaryIO], hashed) -> tuple[dict[str, str], l
     """Texts by line id, and the conversations."""
     texts: dict[str, str] = {}
     for number, line in _lines(files[LINES], LINES, hashed):
-        fields = line.split(_SEPARATOR, 4)
-        if len(fields) != 5 and line.endswith(_SEPARATOR.rstrip()):  # no text, and an editor cut the last blank
-            fields = (line + " ").split(_SEPARATOR, 4)
+        fields = line.split(sample.SEPARATOR, 4)
+        if len(fields) != 5 and line.endswith(sample.SEPARATOR.rstrip()):  # no text, and an editor cut the last blank
+            fields = (line + " ").split(sample.SEPARATOR, 4)
         if len(fields) != 5:
-            raise CorpusError(
+            raise UserError(
                 f"{LINES}, line {number}: {len(fields)} fields instead of 5 (line id, speaker id, movie id, name, "
-                f"text, parted by '{_SEPARATOR}'). Mend or remove the line."
+                f"text, parted by '{sample.SEPARATOR}'). Mend or remove the line."
             )
         if fields[0] in texts:
-            raise CorpusError(f"{LINES}, line {number}: the line id {fields[0]} stands there a second time.")
+            raise UserError(f"{LINES}, line {number}: the line id {fields[0]} stands there a second time.")
         texts[fields[0]] = fields[4]
     conversations = []
     for number, line in _lines(files[CONVERSATIONS], CONVERSATIONS, hashed):
-        fields = line.split(_SEPARATOR)
+        fields = line.split(sample.SEPARATOR)
         if len(fields) != 4 or not _ID_LIST.fullmatch(fields[3].strip()):
-            raise CorpusError(
+            raise UserError(
                 f"{CONVERSATIONS}, line {number}: expected two speaker ids, a movie id and a list like ['L1', 'L2'], "
-                f"parted by '{_SEPARATOR}'. Mend or remove the line."
+                f"parted by '{sample.SEPARATOR}'. Mend or remove the line."
             )
         ids = _ID.findall(fields[3])
         for line_id in ids:
             if line_id not in texts:
-                raise CorpusError(
+                raise UserError(
                     f"{CONVERSATIONS}, line {number}: line id {line_id} is not in {LINES}; are they of one corpus?"
                 )
         conversations.append(_Conversation(fields[2], ids[0], list(pairwise(ids))))
@@ -264,12 +268,12 @@ def _read_convokit(lines: Iterable[tuple[int, str]]) -> tuple[dict[str, str], li
             )
             reply_to = _SURROGATE.sub(" ", reply_to) if reply_to else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CorpusError(
+            raise UserError(
                 f"{UTTERANCES}, line {number}: expected a JSON object with id, conversation_id, text and reply-to "
                 f"({type(error).__name__}: {error})."
             ) from None
         if line_id in texts:
-            raise CorpusError(f"{UTTERANCES}, line {number}: the id {line_id} stands there a second time.")
+            raise UserError(f"{UTTERANCES}, line {number}: the id {line_id} stands there a second time.")
         texts[line_id] = text
         pairs = conversations.setdefault(conversation, _Conversation(movie, conversation, [])).pairs
         if reply_to:
@@ -277,7 +281,7 @@ def _read_convokit(lines: Iterable[tuple[int, str]]) -> tuple[dict[str, str], li
             answers.append((number, line_id, reply_to))
     for number, line_id, reply_to in answers:
         if reply_to not in texts:
-            raise CorpusError(f"{UTTERANCES}, line {number}: {line_id} answers {reply_to}, which is not there.")
+            raise UserError(f"{UTTERANCES}, line {number}: {line_id} answers {reply_to}, which is not there.")
     return texts, list(conversations.values())
 
 
@@ -293,7 +297,7 @@ def _exchanges(name: str, texts: dict[str, str], conversations: list[_Conversati
             else:
                 silent += 1
     if not exchanges:
-        raise CorpusError(f"The corpus {name} holds no exchange: no conversation has two lines with text.")
+        raise UserError(f"The corpus {name} holds no exchange: no conversation has two lines with text.")
     return Corpus(name, exchanges, len(texts), len(conversations), silent, digest)
 
 
@@ -308,17 +312,17 @@ def _lines(file: BinaryIO, name: str, hashed) -> Iterator[tuple[int, str]]:
     reader = io.BufferedReader(file, 1 << 20)
     for number, line in enumerate(iter(lambda: reader.readline(LONGEST_LINE + 1), b""), 1):
         if len(line) > LONGEST_LINE:
-            raise CorpusError(f"{name}, line {number}: is longer than {LONGEST_LINE:,} bytes; refused.")
+            raise UserError(f"{name}, line {number}: is longer than {LONGEST_LINE:,} bytes; refused.")
         hashed.update(line)
         size += len(line)
         if size > LARGEST_FILE:
-            raise CorpusError(f"{name} is larger than {LARGEST_FILE:,} bytes; refused.")
+            raise UserError(f"{name} is larger than {LARGEST_FILE:,} bytes; refused.")
         if number == 1 and line.lstrip()[:1] == b"<":
-            raise CorpusError(f"{name} looks like a web page, not like a file of the corpus. Fetch it again.")
+            raise UserError(f"{name} looks like a web page, not like a file of the corpus. Fetch it again.")
         if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
-            raise CorpusError(f"{name}, line 1: starts with a byte-order mark; the file is not in its own encoding.")
+            raise UserError(f"{name}, line 1: starts with a byte-order mark; the file is not in its own encoding.")
         if b"\0" in line:
-            raise CorpusError(f"{name}, line {number}: holds a NUL byte; the file is damaged or in another encoding.")
+            raise UserError(f"{name}, line {number}: holds a NUL byte; the file is damaged or in another encoding.")
         try:
             text = line.decode("utf-8" if name == UTTERANCES else "ascii")
         except UnicodeDecodeError:
@@ -329,16 +333,12 @@ def _lines(file: BinaryIO, name: str, hashed) -> Iterator[tuple[int, str]]:
 
 def _decode_latin(line: bytes, name: str, number: int) -> str:
     if name == UTTERANCES:
-        raise CorpusError(f"{name}, line {number}: is not UTF-8. Fetch the file again.")
+        raise UserError(f"{name}, line {number}: is not UTF-8. Fetch the file again.")
     line = line.replace(_REPLACEMENT, b" ")
-    high = b" ".join(_HIGH_BYTES.findall(line))
-    try:
-        if high:
-            high.decode("utf-8")
-            raise CorpusError(
+    with contextlib.suppress(UnicodeDecodeError):
+        if b" ".join(_HIGH_BYTES.findall(line)).decode("utf-8"):
+            raise UserError(
                 f"{name}, line {number}: is UTF-8, but the Cornell files are ISO-8859-1. Convert it back: "
                 f"iconv -f utf-8 -t iso-8859-1//TRANSLIT {name}"
             )
-    except UnicodeDecodeError:
-        pass
     return line.decode("iso-8859-1")

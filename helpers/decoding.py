@@ -135,12 +135,9 @@ def sample(
     `top_k` keeps the k likeliest words (0: all), `top_p` the fewest likeliest whose probability reaches p (nucleus
     sampling, arXiv:1904.09751). A temperature of 0 is greedy search. Raises UserError for values out of range.
     """
-    if temperature < 0:
-        raise UserError(f"A temperature must not be negative; got {temperature}.")
-    if top_k < 0:
-        raise UserError(f"top_k must be 0 (all words) or more; got {top_k}.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1; got {top_p}.")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        asked = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
+        raise UserError(f"{asked}: the first two must not be negative, and top_p must be above 0 and at most 1.")
     if temperature == 0:
         return greedy(model, query, lengths, max_words)
     memory, state = model.encode(query, lengths)
@@ -173,10 +170,9 @@ def log_probability(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Ten
     """ln p(reply | query), (batch,): replies (batch, time) end in EOS or are cut off, and are PAD after that."""
     totals = []
     for rows in torch.arange(len(query)).split(256):  # bounds the memory that logits take
-        memory, state = model.encode(query[rows], lengths[rows])
         said, mask = replies[rows], replies[rows] != PAD
         inputs = torch.cat([torch.full_like(said[:, :1], SOS), said[:, :-1]], 1)
-        logits = model.output(model.decode(inputs, state, memory)[0][mask])
+        logits = model.token_logits(query[rows], lengths[rows], inputs, mask)
         words = torch.zeros(said.shape, device=said.device)
         words[mask] = -functional.cross_entropy(logits.float(), said[mask], reduction="none")
         totals.append(words.sum(1))
@@ -203,28 +199,18 @@ def mutual_information(
 
 
 @torch.no_grad()
-def mmi(
-    model: Seq2Seq,
-    query: Tensor,
-    lengths: Tensor,
-    max_words: int,
-    candidates: int = 16,
-    temperature: float = 0.7,
-    top_k: int = 100,
-    top_p: float = 0.9,
-    seed: int = 0,
-) -> Tensor:
+def mmi(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, candidates: int = 16, seed: int = 0) -> Tensor:
     """Ids (batch, at most max_words): of sampled candidates the one with the most mutual information with its query.
 
-    Candidates come from nucleus sampling among the `top_k` likeliest words; one that says two words in the same order
+    Candidates come from nucleus sampling among the hundred likeliest words; one that says two words in the same order
     twice is taken only if all do. Equal seeds give equal replies; the batch matters through the random numbers alone.
-    Raises UserError if there is not at least 1 candidate, or if top_p is out of range.
+    Raises UserError if there is not at least 1 candidate.
     """
     if candidates < 1:
         raise UserError(f"MMI chooses among at least 1 candidate, not {candidates}.")
     rows = torch.arange(len(query), device=query.device).repeat_interleave(candidates)
     many, many_lengths = query[rows], lengths[rows.cpu()]
-    replies = sample(model, many, many_lengths, max_words, temperature, top_k, top_p, seed)
+    replies = sample(model, many, many_lengths, max_words, temperature=0.7, top_k=100, top_p=0.9, seed=seed)
     scores = mutual_information(model, many, many_lengths, replies)
     scores = scores - 1e6 * _repeats(replies)
     best = scores.view(-1, candidates).argmax(1) + torch.arange(len(query), device=query.device) * candidates

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 import warnings
@@ -15,8 +14,8 @@ from torch.nn import functional
 
 from helpers.decoding import GreedySearch
 from helpers.model import Memory, Seq2Seq
-from helpers.run import atomic_write, shown
-from helpers.settings import UserError
+from helpers.run import atomic_write, need, shown
+from helpers.settings import UserError, refusing
 from helpers.text import EOS, PAD, SOS, Vocabulary
 
 Runner = Callable[..., tuple[Tensor, ...]]
@@ -46,21 +45,15 @@ def script(model: Seq2Seq) -> torch.jit.ScriptModule:
     Called as scripted(query, lengths, max_words). TorchScript is deprecated in current PyTorch; the warning that
     says so is left out here, the notebook says it in words.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message=".*torch.jit.*")
+    with warnings.catch_warnings(action="ignore"):
         return torch.jit.script(Deployed(model).eval())
 
 
 def save_scripted(path: Path, scripted: torch.jit.ScriptModule, vocabulary: Vocabulary, max_words: int) -> None:
     """Write the scripted search with its vocabulary inside, so that one file is all that a server needs."""
     extra = {"vocabulary.json": vocabulary.to_json(), "limits.json": json.dumps({"max_words": max_words})}
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(scripted, buffer, _extra_files=extra)
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+    with atomic_write(path) as file, warnings.catch_warnings(action="ignore"):
+        torch.jit.save(scripted, file, _extra_files=extra)
 
 
 def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptModule, Vocabulary, int]:
@@ -68,24 +61,19 @@ def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptMod
 
     A scripted file is a program: load only what you made or trust. Raises UserError if it is missing or damaged.
     """
-    if not path.is_file():
-        raise UserError(f"{shown(path)} is missing: notebook 07_torchscript_and_latency makes it. Run that first.")
+    need(path, "notebook 07_torchscript_and_latency")
     extra = dict.fromkeys(EXTRA_FILES, "")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    kinds = (RuntimeError, ValueError, TypeError, KeyError, UserError)
+    with refusing(f"{shown(path)} cannot be loaded", "Run notebook 07 again to make it.", *kinds):
+        with warnings.catch_warnings(action="ignore"):
             scripted = torch.jit.load(str(path), map_location=device, _extra_files=extra)
-        limits = json.loads(extra["limits.json"])
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{shown(path)} cannot be loaded ({reason}). Run notebook 07 again to make it.") from None
-    return scripted, Vocabulary.from_json(extra["vocabulary.json"]), int(limits["max_words"])
+        max_words = int(json.loads(extra["limits.json"])["max_words"])
+        return scripted, Vocabulary.from_json(extra["vocabulary.json"]), max_words
 
 
 def quantised(model: Seq2Seq) -> Seq2Seq:
     """A copy with the weights of GRUs and linear layers in int8, and their inputs rounded as they come: for CPUs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, as TorchScript is
+    with warnings.catch_warnings(action="ignore"):  # deprecated, as TorchScript is
         return torch.ao.quantization.quantize_dynamic(model, {nn.GRU, nn.Linear}, dtype=torch.qint8)
 
 
@@ -118,11 +106,8 @@ class Steps(nn.Module):
             step, layers = model.embedding(words), []
             if model.decoder.input_feeding:
                 step = torch.cat([step, attentional], 1)
-            for layer in range(gru.num_layers):
-                weights = [
-                    getattr(gru, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-                ]
-                step = torch.gru_cell(step, hidden[layer], *weights)
+            for weights, state in zip(gru.all_weights, hidden, strict=True):
+                step = torch.gru_cell(step, state, *weights)
                 layers.append(step)
             hidden = torch.stack(layers)
             attentional = model.decoder.attend(step.unsqueeze(1), Memory(states, keys, mask))[0][:, 0]
@@ -174,8 +159,8 @@ def compiled(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
 
 def exported(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
     """By torch.export and AOTInductor: a library that C++ can call too, loaded back here."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's about its own pytrees
+    quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)  # PyTorch's about its own pytrees
+    with tempfile.TemporaryDirectory() as folder, quiet:
         program = torch.export.export(steps, example)
         package = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/steps.pt2")
         return torch._inductor.aoti_load_package(package)

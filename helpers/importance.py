@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn.ensemble import RandomForestRegressor
 
 from helpers.batches import Prepared
-from helpers.run import Run, machine, write_text
+from helpers.run import Run, machine, write_json, write_text
 from helpers.settings import Settings
 from helpers.sweep import LOSS, best_settings, seeds_table, space_of, trial_table
 from helpers.training import evaluate, new_model
@@ -130,7 +130,7 @@ def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torc
     if "clip" in table and (table["clip"] == 0).any():
         told["importance if clip=0 froze the model"] = _records(importance(zeroed_clip(table, untrained), spec))
     write_text(target.with_suffix(".csv"), table.to_csv(index=False))
-    write_text(target.with_suffix(".json"), json.dumps(told, indent=1) + "\n")
+    write_json(target.with_suffix(".json"), told)
 
 
 def _records(table: pd.DataFrame) -> list[dict]:

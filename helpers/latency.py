@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +22,7 @@ from helpers.model import Seq2Seq
 from helpers.run import Run, machine, seconds, shown, write_text
 from helpers.settings import Settings, UserError
 from helpers.text import EOS, PAD, SOS, UNK
+from helpers.training import Objective, evaluate, new_model, new_optimizer, take_step
 
 Search = Callable[[Tensor, Tensor, int], Tensor]
 TIE = 1e-4  # two logits closer than this may change places between two ways of computing them
@@ -101,18 +100,6 @@ def parity(model: Seq2Seq, pairs: Pairs, expected: Tensor, given: Tensor) -> dic
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, pairs: Pairs) -> float:
-    """Teacher-forced, over all tokens; `model` need only have `token_logits`, as an exported one has."""
-    nll, tokens = 0.0, 0
-    for batch in pairs.in_order(256):
-        targets = batch.targets[batch.target_mask]
-        logits = model.token_logits(batch.query, batch.query_lengths, batch.inputs, batch.target_mask)
-        nll += functional.cross_entropy(logits.float(), targets, reduction="sum").double().item()
-        tokens += len(targets)
-    return float(np.exp(nll / tokens))
-
-
-@torch.no_grad()
 def measure(searches: dict[str, Search], pairs: Pairs, size: int, max_words: int, replies: int) -> dict[str, list]:
     """Seconds that each search takes for a batch of `size` replies, of at least `replies` replies.
 
@@ -149,7 +136,7 @@ def table(
     90% of the replies unchanged. Milliseconds are per reply: a call's time divided by the batch size.
     """
     some, left_out, rows, searches, expected = test.first(queries), {}, [], {}, {}
-    true_perplexity = perplexity(model, test)
+    true_perplexity = evaluate(model, test).perplexity
     if compilation:
         torch.compiler.reset()  # of what the model before left behind
     for variant, (build, lossy, missing) in variants(model, int(test.query_lengths.max()), compilation).items():
@@ -159,7 +146,7 @@ def table(
         try:
             search, scorer = build()
             ids = {size: answers(search, some, max_words, size) for size in sizes}
-            now = perplexity(scorer, test) if lossy else true_perplexity
+            now = evaluate(scorer, test).perplexity if lossy else true_perplexity
         except Exception as error:  # compilers and old or new releases fail in all sorts of ways
             if variant in ("textbook", "eager", "TorchScript"):
                 raise
@@ -218,9 +205,8 @@ def report(run: Run, device: torch.device, sizes: list[int], queries: int, repli
     for name, model, test, max_words in models:
         more, missing = table(name, model, test, max_words, sizes, queries, replies, compilation=full)
         rows, left_out = rows + more, left_out | missing
-    pd.DataFrame(rows).to_csv(run.latency, index=False)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["processor"]
-    return {"machine": machine() | {"device": device.type, "name": where}, "left out": left_out, "rows": rows}
+    write_text(run.latency, pd.DataFrame(rows).to_csv(index=False))
+    return {"machine": machine(device), "left out": left_out, "rows": rows}
 
 
 def classic(data: Prepared, device: torch.device) -> tuple[Seq2Seq, Pairs]:
@@ -238,17 +224,12 @@ def classic(data: Prepared, device: torch.device) -> tuple[Seq2Seq, Pairs]:
         return Pairs(queries, pairs.query_lengths, responses, lengths).to(device)
 
     train = ten_words(data.splits["train"])
+    model = new_model(CLASSIC, CLASSIC_WORDS).to(device)
+    objective, optimizer = Objective(model), new_optimizer(model, CLASSIC)
+    batches = BucketedSampler(train, CLASSIC.batch_size, CLASSIC.seed).from_update(0)
     with torch.random.fork_rng():
-        torch.manual_seed(CLASSIC.seed)
-        model = Seq2Seq(CLASSIC, CLASSIC_WORDS).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-        batches = BucketedSampler(train, 64, CLASSIC.seed).from_update(0)
-        for _ in range(CLASSIC_UPDATES):
-            batch = train.batch(next(batches))
-            logits = model.token_logits(batch.query, batch.query_lengths, batch.inputs, batch.target_mask)
-            optimizer.zero_grad()
-            functional.cross_entropy(logits, batch.targets[batch.target_mask]).backward()
-            optimizer.step()
+        for update in range(CLASSIC_UPDATES):
+            take_step(objective, optimizer, train, next(batches), CLASSIC, update, "fp32")
     return model.eval().requires_grad_(False), ten_words(data.splits["test"])
 
 
@@ -258,8 +239,3 @@ def as_table(rows: list[dict]) -> pd.DataFrame:
     words = "{identical} identical, {tied} tied, {different} different of {compared}"
     table["parity"] = [("" if row["parity"] else "FAILED: ") + words.format(**row) for row in rows]
     return table.drop(columns=["identical", "tied", "different", "compared", "timed"], errors="ignore")
-
-
-def keep(path: Path, result: dict) -> None:
-    """Write a report as JSON."""
-    write_text(path, json.dumps(result, indent=1) + "\n")

@@ -144,10 +144,9 @@ def losses(curves: dict[str, Sequence[float]], window: int = 1, ylabel: str = "n
     return figure
 
 
-def attention(query: list[str], reply: list[str], weights: np.ndarray, axes: Axes | None = None) -> Axes:
+def attention(query: list[str], reply: list[str], weights: np.ndarray) -> Axes:
     """A heat-map: which word of the query (column) each word of the reply (row) looked at."""
-    if axes is None:
-        _, axes = plt.subplots(figsize=(0.9 + 0.45 * len(query), 1.2 + 0.32 * len(reply)))
+    _, axes = plt.subplots(figsize=(0.9 + 0.45 * len(query), 1.2 + 0.32 * len(reply)))
     image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(query)), query, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(reply)), reply)
@@ -159,21 +158,16 @@ def attention(query: list[str], reply: list[str], weights: np.ndarray, axes: Axe
 
 def grouped_bars(table: pd.DataFrame, xlabel: str, whiskers: pd.DataFrame | None = None) -> Figure:
     """One group of horizontal bars a row and one colour a column; `whiskers` gives low and high of the first column."""
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.2 * len(table) * (len(table.columns) + 1)))
-    places, height = np.arange(len(table)), 0.8 / len(table.columns)
-    for number, column in enumerate(table):
-        values = table[column].to_numpy(dtype=float)
-        where = places + (number - (len(table.columns) - 1) / 2) * height
-        axes.barh(where, values, height, label=column)
-        if number == 0 and whiskers is not None:
-            bounds = whiskers.loc[table.index]
-            axes.hlines(where, bounds["low"], bounds["high"], color="black", linewidth=1.2)
-    axes.set_yticks(places, [str(name).replace("_", " ") for name in table.index])
+    names = [str(name).replace("_", " ") for name in table.index]
+    size = (7, 0.8 + 0.2 * len(table) * (len(table.columns) + 1))
+    axes = table.astype(float).set_axis(names).plot.barh(figsize=size, width=0.8, xlabel=xlabel, ylabel="")
+    if whiskers is not None:
+        places = [bar.get_y() + bar.get_height() / 2 for bar in axes.containers[0]]
+        bounds = whiskers.loc[table.index]
+        axes.hlines(places, bounds["low"], bounds["high"], color="black", linewidth=1.2)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(xlabel)
-    axes.legend()
-    return figure
+    return axes.figure
 
 
 def parallel_coordinates(table: pd.DataFrame, parameters: list[str], loss: str = "validation loss") -> Figure:
@@ -290,44 +284,26 @@ def latency(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def bench(results: dict) -> Figure:
-    """The ratios of `python -m helpers bench`: how many times faster than the textbook way; bars of medians, and the
-    least and greatest ratio of any round."""
-    textbook, rows = results["training"]["textbook"]["tokens"], {}
-    rows["training, fp32"] = (textbook, results["training"]["fp32"]["tokens"])
-    rows["training, bf16"] = (textbook, results["training"]["bf16"]["tokens"])
-    for size in ("batch 1", "batch 64"):
-        rows[f"replies, {size}"] = (results["replies"]["textbook"], results["replies"][size])
-    rows["preparing the corpus"] = (results["preparation"]["textbook"], results["preparation"]["ours"])
-    reached = results["time to a loss"]
-    rows["whole training to a loss"] = ([reached["ours"]["seconds"]], [reached["textbook"]["seconds"]])
-    ratios = [np.array(ours) / np.array(theirs) for theirs, ours in rows.values()]
-    middle = np.array([np.median(ours) / np.median(theirs) for theirs, ours in rows.values()])
-    ends = np.array([[values.min(), values.max()] for values in ratios]).T
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.36 * len(rows)))
-    axes.barh(
-        list(rows),
-        middle,
-        xerr=np.clip([middle - ends[0], ends[1] - middle], 0, None),
-        color=BLUE,
-        error_kw={"ecolor": GREY, "capsize": 3},
-    )
-    for place, value in enumerate(middle):
-        axes.annotate(f" {value:.1f}×", (ends[1, place], place), va="center")
+def ratios(table: pd.DataFrame, xlabel: str) -> Figure:
+    """Bars of a table's `ratio`, its `low` and `high` as whiskers, and a dashed line where both ways are equal."""
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.36 * len(table)))
+    whiskers = [table["ratio"] - table["low"], table["high"] - table["ratio"]]
+    drawn = axes.barh(table.index, table["ratio"], xerr=np.clip(whiskers, 0, None), color=BLUE, ecolor=GREY, capsize=3)
+    axes.bar_label(drawn, fmt="{:.1f}×", padding=3)
     axes.axvline(1, color=RED, linestyle="--")
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("times as fast as the textbook way (dashed)")
+    axes.set_xlabel(xlabel)
     return figure
 
 
-def scale(results: dict) -> Figure:
+def scale(points: Sequence[dict]) -> Figure:
     """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes."""
-    lines = [point["lines"] for point in results["scale"]]
+    lines = [point["lines"] for point in points]
     figure, both = plt.subplots(1, 2, figsize=(8, 3.2))
     for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory of the process, MB"), strict=True):
-        values = [point[key] for point in results["scale"]]
+        values = [point[key] for point in points]
         axes.loglog(lines, values, "o-")
         axes.loglog(
             lines, [values[-1] * n / lines[-1] for n in lines], color=GREY, linestyle="--", label="proportional"

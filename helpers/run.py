@@ -1,4 +1,4 @@
-"""A run's folder: where its files lie, its manifest, and writing that is never half done."""
+"""A run's folder and files, written whole or not at all; the machine, devices and clocks; a notebook's first cell."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
 
-from helpers.settings import Settings, UserError
+from helpers.settings import Settings, UserError, refusing
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a trained checkpoint depends on besides its settings and data: these sources.
@@ -41,7 +41,6 @@ class Run:
         self.figures = self.folder / "figures"
         self.latency = self.folder / "latency.csv"
         self.scripted = self.folder / "scripted.pt"
-        self.wandb = self.folder
         self.sweep = self.folder / "sweep"
 
     @classmethod
@@ -53,17 +52,13 @@ class Run:
 
     def facts(self) -> dict:
         """What the manifest holds. Raises UserError if it cannot be read."""
-        try:
-            facts = json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.is_file() else {}
-            return dict(facts)
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{shown(self.manifest)} cannot be read ({error}). Delete it; it is written anew."
-            ) from None
+        what = f"{shown(self.manifest)} cannot be read"
+        with refusing(what, "Delete it; it is written anew.", OSError, ValueError, TypeError, RecursionError):
+            return dict(json.loads(self.manifest.read_text(encoding="utf-8"))) if self.manifest.is_file() else {}
 
     def record(self, **facts) -> None:
         """Add facts to the manifest, next to the versions and the machine's description."""
-        write_text(self.manifest, json.dumps(self.facts() | machine() | facts, indent=2) + "\n")
+        write_json(self.manifest, self.facts() | machine() | facts)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -85,7 +80,7 @@ class Run:
         try:
             with _writing(path):
                 path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-                for own in (self.checkpoint, self.metrics):
+                for own in (self.data, self.checkpoint, self.metrics, self.manifest):
                     for half_written in self.folder.glob(f".{own.name}.*.tmp"):
                         half_written.unlink()
             yield
@@ -102,9 +97,9 @@ def shown(path: str | Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def machine() -> dict:
-    """Versions, processor and threads: what a figure of this run was obtained with."""
-    return {
+def machine(device: torch.device | None = None) -> dict:
+    """What a figure was obtained with: versions, processor and threads; of a device also its kind and name."""
+    facts = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
@@ -112,6 +107,16 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if device is not None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["processor"]
+        facts |= {"device": device.type, "name": name}
+    return facts
+
+
+def need(path: Path, maker: str) -> None:
+    """Raises UserError that names what makes the file, if it is missing."""
+    if not path.is_file():
+        raise UserError(f"{shown(path)} is missing: {maker} makes it. Run that first.")
 
 
 def choose_device(name: str) -> torch.device:
@@ -171,7 +176,7 @@ def no_collection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its place, whole and on disk, only when the block has ended well.
 
     Raises UserError if it cannot be written (disk full, read-only folder); the old file then stays as it was.
@@ -180,7 +185,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
     with _writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -203,8 +208,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file in one piece."""
-    with atomic_write(path, "w") as file:
-        file.write(text)
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write plain data in one piece."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def append_text(path: Path, text: str) -> None:
@@ -228,17 +238,14 @@ def read_tensors(path: Path, remedy: str) -> dict:
 
     Raises UserError that ends in the remedy if the file is damaged, or holds anything else or more than its size.
     """
-    try:
+    with refusing(f"{shown(path)} cannot be loaded", remedy, Exception):  # torch.load raises many kinds
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("it is compressed, which PyTorch's own files are not")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
-        return state
-    except Exception as error:  # torch.load raises many kinds for damaged and for hostile files
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{shown(path)} cannot be loaded ({reason}). {remedy}") from None
+    return state
 
 
 def digest(*parts: bytes | str) -> str:
@@ -250,11 +257,14 @@ def digest(*parts: bytes | str) -> str:
     return whole.hexdigest()[:16]
 
 
+def code_of(*modules: str) -> list[bytes]:
+    """The sources of some of this package's modules: what was made with other ones is made anew."""
+    return [(Path(__file__).parent / f"{name}.py").read_bytes() for name in modules]
+
+
 def training_digest(settings: Settings, data_digest: str) -> str:
     """Tells whether a checkpoint was trained from these settings, this data and this code."""
-    folder = Path(__file__).parent
-    sources = [(folder / f"{name}.py").read_bytes() for name in TRAINING_CODE]
-    return digest(json.dumps(settings.to_dict(), sort_keys=True), data_digest, *sources)
+    return digest(json.dumps(settings.to_dict(), sort_keys=True), data_digest, *code_of(*TRAINING_CODE))
 
 
 def start_notebook() -> None:

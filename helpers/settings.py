@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 
 PROFILES = Path(__file__).resolve().parent.parent / "notebooks" / "profiles"
@@ -19,6 +20,19 @@ class UserError(Exception):
         """One line, whatever a hostile file put into it: at most 1,000 characters, nothing that steers a terminal."""
         line = " ".join(super().__str__().split())[:1000]
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+@contextlib.contextmanager
+def refusing(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds as a UserError: what cannot be done, the first line of the reason, what to do."""
+    try:
+        yield
+    except kinds as error:
+        reason = str(error).strip()
+        if not reason or isinstance(error, LookupError):  # a KeyError's text is the key alone
+            reason = repr(error)
+        reason = reason.splitlines()[0][:200]
+        raise UserError(f"{what} ({reason}). {remedy}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +141,9 @@ def load_profile(name: str) -> Settings:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise UserError(f"There is no profile {name!r} ({path}). There are: {known}; or give a .yaml file's path.")
-    values = read_yaml(path.read_bytes(), f"Profile {path}") or {}
+    with refusing(f"Profile {path} cannot be read", "Give a file that can be.", OSError):
+        text = path.read_bytes()
+    values = read_yaml(text, f"Profile {path}") or {}
     if not isinstance(values, dict):
         raise UserError(f"Profile {path} must hold lines of 'name: value'.")
     try:

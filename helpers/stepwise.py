@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import random
 import re
 import unicodedata
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from helpers.text import EOS, PAD, SOS, SPECIAL
 
 Pair = list[str]  # a query and its response, as normalised text
+LAYERS, DROPOUT, CLIP, DECODER_LEARNING_RATIO = 2, 0.1, 50.0, 5.0  # the tutorial's, and teacher forcing always
 
 
 def normalised(text: str) -> str:
@@ -67,10 +67,10 @@ def read_pairs(folder: Path, max_words: int, min_count: int) -> tuple[list[Pair]
 class StepwiseEncoder(nn.Module):
     """A bidirectional GRU, time first."""
 
-    def __init__(self, embedding: nn.Embedding, hidden_size: int, layers: int, dropout: float) -> None:
+    def __init__(self, embedding: nn.Embedding, hidden_size: int) -> None:
         super().__init__()
         self.embedding, self.hidden_size = embedding, hidden_size
-        self.gru = nn.GRU(hidden_size, hidden_size, layers, dropout=dropout if layers > 1 else 0, bidirectional=True)
+        self.gru = nn.GRU(hidden_size, hidden_size, LAYERS, dropout=DROPOUT, bidirectional=True)
 
     def forward(self, query: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """query (time, batch), lengths falling: outputs (time, batch, hidden), state (2 layers, batch, hidden)."""
@@ -83,10 +83,10 @@ class StepwiseEncoder(nn.Module):
 class StepwiseDecoder(nn.Module):
     """One step: GRU, dot attention over everything, padding too, and a softmax over the vocabulary."""
 
-    def __init__(self, embedding: nn.Embedding, hidden_size: int, words: int, layers: int, dropout: float) -> None:
+    def __init__(self, embedding: nn.Embedding, hidden_size: int, words: int) -> None:
         super().__init__()
-        self.embedding, self.dropout, self.layers = embedding, nn.Dropout(dropout), layers
-        self.gru = nn.GRU(hidden_size, hidden_size, layers, dropout=dropout if layers > 1 else 0)
+        self.embedding, self.dropout = embedding, nn.Dropout(DROPOUT)
+        self.gru = nn.GRU(hidden_size, hidden_size, LAYERS, dropout=DROPOUT)
         self.concat = nn.Linear(2 * hidden_size, hidden_size)
         self.out = nn.Linear(hidden_size, words)
 
@@ -103,26 +103,15 @@ class StepwiseTrainer:
     """Encoder, decoder and their two optimisers: batches of word lists in, mean losses out."""
 
     def __init__(
-        self,
-        ids: dict[str, int],
-        device: torch.device,
-        *,
-        hidden_size: int = 500,
-        layers: int = 2,
-        dropout: float = 0.1,
-        learning_rate: float = 1e-4,
-        decoder_learning_ratio: float = 5.0,
-        clip: float = 50.0,
-        teacher_forcing_ratio: float = 1.0,
+        self, ids: dict[str, int], device: torch.device, hidden_size: int = 500, learning_rate: float = 1e-4
     ) -> None:
-        self.ids, self.device, self.clip = ids, device, clip
-        self.teacher_forcing_ratio = teacher_forcing_ratio
+        self.ids, self.device = ids, device
         embedding = nn.Embedding(len(ids), hidden_size)
-        self.encoder = StepwiseEncoder(embedding, hidden_size, layers, dropout).to(device)
-        self.decoder = StepwiseDecoder(embedding, hidden_size, len(ids), layers, dropout).to(device)
+        self.encoder = StepwiseEncoder(embedding, hidden_size).to(device)
+        self.decoder = StepwiseDecoder(embedding, hidden_size, len(ids)).to(device)
         self.optimizers = [
             torch.optim.Adam(self.encoder.parameters(), lr=learning_rate),
-            torch.optim.Adam(self.decoder.parameters(), lr=learning_rate * decoder_learning_ratio),
+            torch.optim.Adam(self.decoder.parameters(), lr=learning_rate * DECODER_LEARNING_RATIO),
         ]
 
     def tensors(self, pairs: list[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,8 +138,8 @@ class StepwiseTrainer:
             losses.append(step_loss.item() * count)
             tokens += count
         loss.backward()
-        nn.utils.clip_grad_norm_(self.encoder.parameters(), self.clip)
-        nn.utils.clip_grad_norm_(self.decoder.parameters(), self.clip)
+        nn.utils.clip_grad_norm_(self.encoder.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(self.decoder.parameters(), CLIP)
         for optimizer in self.optimizers:
             optimizer.step()
         return sum(losses) / tokens, tokens
@@ -169,14 +158,13 @@ class StepwiseTrainer:
     def steps(self, query: Tensor, lengths: Tensor, response: Tensor, mask: Tensor):
         """Each decoding step's mean loss over the rows that still have a word there, and their number."""
         encoder_outputs, encoder_hidden = self.encoder(query, lengths)
-        hidden = encoder_hidden[: self.decoder.layers]
+        hidden = encoder_hidden[:LAYERS]
         words = torch.full((1, query.size(1)), SOS, device=self.device)
-        teacher_forcing = not self.encoder.training or random.random() < self.teacher_forcing_ratio
         for step in range(len(response)):
             probabilities, hidden = self.decoder(words, hidden, encoder_outputs)
             cross_entropy = -torch.log(torch.gather(probabilities, 1, response[step].view(-1, 1)).squeeze(1))
             yield cross_entropy.masked_select(mask[step]).mean(), mask[step].sum().item()
-            words = response[step].view(1, -1) if teacher_forcing else probabilities.argmax(1).view(1, -1)
+            words = response[step].view(1, -1)
 
 
 @torch.no_grad()

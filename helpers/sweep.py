@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import itertools
 import json
 import math
@@ -11,7 +9,6 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +16,14 @@ import optuna
 import pandas as pd
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from helpers.batches import Prepared
-from helpers.run import Run, digest, shown, training_digest, write_text
-from helpers.settings import DATA_SETTINGS, NAMES, Settings, UserError, read_yaml
+from helpers.run import Run, digest, need, shown, training_digest, write_text
+from helpers.settings import DATA_SETTINGS, NAMES, Settings, UserError, read_yaml, refusing
 from helpers.tracking import Tracker
 from helpers.training import fit, read_metrics
 
@@ -43,10 +41,9 @@ warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the he
 
 def read_sweep(path: Path) -> dict:
     """A W&B sweep file, checked against what can be served here and what the settings have. Raises UserError."""
-    try:
-        spec = read_yaml(path.read_bytes(), f"The sweep file {shown(path)}")
-    except OSError as error:
-        raise UserError(f"The sweep file {shown(path)} cannot be read: {error}") from None
+    with refusing(f"The sweep file {shown(path)} cannot be read", "Give a file that can be.", OSError):
+        text = path.read_bytes()
+    spec = read_yaml(text, f"The sweep file {shown(path)}")
     if not isinstance(spec, dict) or not isinstance(spec.get("parameters"), dict) or not spec["parameters"]:
         raise UserError(f"{shown(path)} must hold 'method', 'metric' and 'parameters', as a W&B sweep does.")
     try:
@@ -146,18 +143,17 @@ def planned(spec: dict, trials: int, seed: int) -> list[dict]:
 
 
 class JournalLock:
-    """The journal's lock, which the kernel releases when its holder dies, and which mends what that one left.
+    """The journal's lock, free again when its holder dies, and which mends what that one left.
 
     A worker killed while it wrote leaves half a line at the end; the next one's line would be glued to it and spoil
     the whole study. Whoever holds the lock cuts the half line off first: it was never acted on.
     """
 
     def __init__(self, journal: Path) -> None:
-        self.journal = journal
-        self.file = open(journal.with_suffix(".lock"), "ab")  # noqa: SIM115, lives as long as the lock
+        self.journal, self.lock = journal, FileLock(journal.with_suffix(".lock"))
 
     def acquire(self) -> bool:
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.lock.acquire(poll_interval=0.01)
         with open(self.journal, "rb+") as journal:
             end = journal.seek(0, os.SEEK_END)
             journal.seek(max(end - 1, 0))
@@ -179,36 +175,33 @@ class JournalLock:
             self.release()
 
     def release(self) -> None:
-        fcntl.flock(self.file, fcntl.LOCK_UN)
+        self.lock.release()
 
 
-def open_study(run: Run, name: str, storage: str = "", spec: dict | None = None) -> optuna.Study:
+def open_study(run: Run, name: str, storage: str = "", create: bool = False) -> optuna.Study:
     """A sweep by its id: in the run's journal, or in a database by its URL (`postgresql://…`, `mysql://…`).
 
-    With `spec` it is made if it is not there. Raises UserError if it cannot be opened, and for a spoilt journal.
+    With `create` it is made if it is not there. Raises UserError if it cannot be opened, and for a spoilt journal.
     """
-    try:
+    where = storage or shown(run.sweep)
+    kinds = (ImportError, OSError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
+    with refusing(f"The sweep's storage {where} cannot be opened", "Mend that, or use another one.", *kinds):
         if storage:  # several machines: Optuna's heartbeat tells which trials lost their worker
             backend = optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT, grace_period=6 * HEARTBEAT)
         else:
             journal = run.sweep / "journal.log"
-            if spec is None and not journal.is_file():
-                raise UserError(f"{shown(journal)} is missing: 'make sweep' makes it. Run that first.")
+            if not create:
+                need(journal, "'make sweep'")
             run.sweep.mkdir(parents=True, exist_ok=True)
             journal.touch()
             lock = JournalLock(journal)
             lock.check()
             file = optuna.storages.journal.JournalFileBackend(str(journal), lock_obj=lock)
             backend = optuna.storages.JournalStorage(file)
-        if spec is None:
-            return optuna.load_study(study_name=name, storage=backend)
+        names = optuna.get_all_study_names(backend)
+        if not create and name not in names:
+            raise UserError(f"There is no sweep {name!r} in {where}; there are: {', '.join(names) or 'none'}.")
         return optuna.create_study(study_name=name, storage=backend, direction="minimize", load_if_exists=True)
-    except KeyError:
-        names = ", ".join(study.study_name for study in optuna.get_all_study_summaries(backend)) or "none"
-        raise UserError(f"There is no sweep {name!r} in {storage or shown(journal)}; there are: {names}.") from None
-    except (ImportError, OSError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"The sweep's storage {storage or shown(run.sweep)} cannot be opened: {reason}") from None
 
 
 def run_sweep(
@@ -221,7 +214,6 @@ def run_sweep(
     *,
     storage: str = "",
     device: torch.device = torch.device("cpu"),  # noqa: B008, a constant
-    show: Callable[[str], None] = print,
 ) -> optuna.Study:
     """Run the sweep of a file until `trials` trials are done, and return its study.
 
@@ -231,29 +223,29 @@ def run_sweep(
     """
     inputs = json.dumps({key: spec.get(key) for key in ("method", "parameters", "early_terminate")})
     name = f"{spec.get('name', 'sweep')}-{digest(inputs, training_digest(base, prepared.digest))[:6]}"
-    study = open_study(run, name, storage, spec)
+    study = open_study(run, name, storage, create=True)
     trials = max(trials, study.user_attrs.get("trials", 0))
     for key, value in {"spec": spec, "base": base.to_dict(), "trials": trials}.items():
         study.set_user_attr(key, value)
     if not (run.sweep / name / "data.pt").is_file():
         prepared.save(run.sweep / name / "data.pt")
-    show(f"Sweep {name}, {trials} trials. Another worker joins with: make sweep-worker SWEEP={name}")
-    _work(study, run, prepared, tracking, bool(storage), device, show)
+    print(f"Sweep {name}, {trials} trials. Another worker joins with: make sweep-worker SWEEP={name}", flush=True)
+    _work(study, run, prepared, tracking, bool(storage), device)
     return study
 
 
-def join_sweep(
-    run: Run, name: str, tracking: str, *, storage: str = "", device: torch.device, show: Callable[[str], None] = print
-) -> optuna.Study:
+def join_sweep(run: Run, name: str, tracking: str, *, storage: str = "", device: torch.device) -> optuna.Study:
     """Work on a sweep that another process has started, until none of its trials is left."""
     study = open_study(run, name, storage)
     if "trials" not in study.user_attrs:
         raise UserError(f"The sweep {name} has not been planned yet. Start the worker once 'make sweep' shows a trial.")
-    _work(study, run, Prepared.load(run.sweep / name / "data.pt"), tracking, bool(storage), device, show)
+    data = run.sweep / name / "data.pt"
+    need(data, "'make sweep'")
+    _work(study, run, Prepared.load(data), tracking, bool(storage), device)
     return study
 
 
-def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, database: bool, device, show) -> None:
+def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, database: bool, device) -> None:
     """Take trials until all are done; wait for those that others run, and repeat those whose worker died."""
     spec, base, lost = study.user_attrs["spec"], Settings(**study.user_attrs["base"]), []
     study.pruner, space, plan = pruner(spec), space_of(spec), planned(spec, study.user_attrs["trials"], base.seed)
@@ -261,7 +253,7 @@ def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, data
     def objective(trial: optuna.Trial) -> float:
         if database:  # Optuna's thread sends the first one a moment later: whoever died in between was never missed
             trial.storage.record_heartbeat(trial._trial_id)
-        trial.set_user_attr("worker", worker.name)
+        trial.set_user_attr("worker", worker)
         place, started = trial.user_attrs.get("place"), time.perf_counter()
         others = study.get_trials(deepcopy=False)
         if place is None or any(other.number < trial.number and _stands(other, place) for other in others):
@@ -280,16 +272,17 @@ def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, data
             said = f"failed ({error})"
             raise
         finally:
-            show(f"trial {trial.number}: {said} with {params}")
+            print(f"trial {trial.number}: {said} with {params}", flush=True)
             try:
                 trial.set_user_attr("seconds", round(time.perf_counter() - started, 2))
             except optuna.exceptions.UpdateFinishedTrialError:  # it was slow, and taken for dead
                 lost.append(trial.number)
 
-    with _locked(run.sweep / "workers" / f"{os.getpid()}-{uuid.uuid4().hex[:8]}") as worker:
+    worker, workers = f"{os.getpid()}-{uuid.uuid4().hex[:8]}", run.sweep / "workers"
+    with FileLock(workers / worker):  # free again when this process dies, however it does, and others see that
         while True:
-            with _locked(run.sweep / "plan.lock"):
-                _bury(study, worker.parent, database)
+            with FileLock(run.sweep / "plan.lock"):
+                _bury(study, workers, database)
                 trials = study.get_trials(deepcopy=False)
                 for place, params in enumerate(plan):
                     if not any(_stands(trial, place) for trial in trials):
@@ -306,7 +299,7 @@ def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, data
                 time.sleep(0.5)
             else:
                 break
-        worker.unlink()
+        (workers / worker).unlink()
 
 
 def _train(
@@ -322,20 +315,21 @@ def _train(
 
 
 def train_trial(
-    folder: Run, prepared: Prepared, settings: Settings, device: torch.device, tracker: Tracker | Reporting
+    run: Run, prepared: Prepared, settings: Settings, device: torch.device, tracker: Tracker | Reporting
 ) -> float:
     """Train and return the best validation loss, teacher-forced whatever the trial trains with."""
-    fit(folder, prepared, settings, device, tracker, progress_bar=False)
-    loss = min(row["validation_loss"] for row in read_metrics(folder) if "validation_loss" in row)
+    fit(run, prepared, settings, device, tracker, progress_bar=False)
+    loss = run.facts()["progress"]["best_loss"]
     if not math.isfinite(loss):
-        raise UserError(f"the validation loss is {loss}.")
+        raise UserError("the trial has no update, and so no validation loss.")
     tracker.summary(validation_loss=loss)  # what W&B compares trials by
-    folder.checkpoint.unlink()  # sixty of them would fill a disk; the best settings are trained anew
+    run.checkpoint.unlink()  # sixty of them would fill a disk; the best settings are trained anew
     return loss
 
 
 def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device) -> None:
     """One trial of a W&B sweep, from the run's prepared data, in a folder named by the sweep and by W&B's run."""
+    need(run.data, "'make sweep'")
     prepared = Prepared.load(run.data)
     settings = prepared.settings.change(**changes)
     name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
@@ -381,15 +375,6 @@ def _stands(trial: optuna.trial.FrozenTrial, place: int) -> bool:
     return attributes.get("place") == place and not died and "surplus" not in attributes
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[Path]:
-    """A file held locked: the kernel lets it go when this process dies, however it does, and others see that."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield path
-
-
 def _bury(study: optuna.Study, workers: Path, database: bool) -> None:
     """Fail the running trials whose process is dead; their places in the plan are then free again."""
     if database:
@@ -406,13 +391,10 @@ def _bury(study: optuna.Study, workers: Path, database: bool) -> None:
 
 def _alive(worker: Path) -> bool:
     try:
-        with open(worker) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
+        with FileLock(worker, blocking=False):
+            return False
+    except Timeout:
         return True
-    return False
 
 
 def trial_table(study: optuna.Study) -> pd.DataFrame:
@@ -444,8 +426,8 @@ def best_settings(study: optuna.Study) -> Settings:
 
 def write_profile(path: Path, study: optuna.Study) -> None:
     """The best settings as a profile, to train with `--profile PATH`."""
-    best = study.best_trial
     settings = {k: v for k, v in best_settings(study).to_dict().items() if v != getattr(Settings, k)}
+    best = study.best_trial
     head = f"# The best of {len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}, "
     write_text(path, f"{head}{LOSS} {best.value:.4f}.\n{yaml.safe_dump(settings, sort_keys=False)}")
 

@@ -1,4 +1,4 @@
-"""Text to words and back: normalise, tokenise, and the vocabulary."""
+"""Text to words and back: tokenise, spell, and the vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from helpers.settings import UserError
+from helpers.settings import UserError, refusing
 
 PAD, SOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<sos>", "<eos>", "<unk>")
@@ -72,13 +72,8 @@ def tokenise_all(texts: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return stream[~is_end] - 1, lengths, list(numbers)[1:]
 
 
-def normalise(text: str) -> str:
-    """The text as the model sees it, words parted by single spaces. Idempotent."""
-    return " ".join(tokenise(text))
-
-
 def spell(words: Iterable[str]) -> str:
-    """Words as people write them: `i 'm` becomes I'm, sentences start with a capital, no space before marks.
+    """Words as people write them: `i'm` becomes I'm, sentences start with a capital, no space before marks.
 
     >>> spell("i don't know . do you ?".split())
     "I don't know. Do you?"
@@ -134,10 +129,9 @@ class Vocabulary:
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
         """The vocabulary that `to_json` wrote. Raises UserError if the text is not one."""
-        try:
+        kinds = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
+        with refusing("This is not a vocabulary's JSON", "", *kinds):
             data = json.loads(text)
             if foreign := [word for word in data["words"] if not _WORDS.fullmatch(word)]:
                 raise UserError(f"A vocabulary cannot hold {foreign[0][:40]!r}, which no text is split into.")
             return cls(data["words"], int(data["unknown_types"]))
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise UserError(f"This is not a vocabulary's JSON ({error!r}).") from None

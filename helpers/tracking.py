@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from helpers.settings import UserError
+from helpers.settings import UserError, refusing
 
 MODES = ("off", "offline", "online")
 PROJECT = "chatbot-notebooks"
@@ -19,7 +19,7 @@ def logged_in() -> bool:
     """Whether there is a W&B login: WANDB_API_KEY, or what `wandb login` has written for W&B's server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import wandb
+    import wandb  # whose own login() asks the server, and waits for it where there is no network
 
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url).netloc
     try:
@@ -33,10 +33,8 @@ def create_sweep(spec: dict) -> str:
     import wandb
 
     entity, project = spec.get("entity"), spec.get("project", PROJECT)
-    try:
+    with refusing("W&B did not take the sweep", "Mend that, or add --wandb offline.", wandb.Error, ValueError):
         return "/".join(filter(None, [entity, project, wandb.sweep(spec, project=project, entity=entity)]))
-    except (wandb.Error, ValueError) as error:
-        raise UserError(f"W&B did not take the sweep: {error} Or add --wandb offline.") from None
 
 
 def run_agent(sweep: str, folder: Path) -> None:
@@ -63,7 +61,7 @@ class Tracker:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with refusing("W&B could not start", "Log in with 'wandb login', or use mode offline.", wandb.Error):
             self._run = wandb.init(
                 mode=mode,
                 dir=folder,
@@ -74,8 +72,6 @@ class Tracker:
                 reinit="create_new",
                 settings=wandb.Settings(silent=True, console="off"),
             )
-        except wandb.Error as error:
-            raise UserError(f"W&B could not start ({error}). Log in with 'wandb login', or use mode offline.") from None
 
     def log(self, values: dict, update: int) -> None:
         """Numbers by name, at a training update."""
@@ -87,18 +83,10 @@ class Tracker:
         if self._run is not None:
             self._run.summary.update(values)
 
-    @property
-    def folder(self) -> Path | None:
-        """Where an offline run's files lie."""
-        return Path(self._run.dir).parent if self._run is not None else None
-
-    def finish(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
-
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, *_) -> None:
-        self.finish()
+        if self._run is not None:
+            self._run.finish()
+            self._run = None

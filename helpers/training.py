@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -20,15 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from helpers import checkpoint
 from helpers.batches import Batch, BucketedSampler, Pairs, Prepared
 from helpers.decoding import greedy
 from helpers.metrics import Likelihood
 from helpers.model import Seq2Seq, parameter_count
-from helpers.run import Run, append_text, keep_memory, machine, shown, timings, training_digest, write_text
-from helpers.settings import Settings, UserError
+from helpers.run import Run, append_text, keep_memory, machine, need, shown, timings, training_digest, write_text
+from helpers.settings import Settings, UserError, refusing
 from helpers.text import UNK, Vocabulary, tokenise
 from helpers.tracking import Tracker
 
@@ -48,6 +46,19 @@ class Progress:
     def __post_init__(self) -> None:
         if [type(value) for value in dataclasses.astuple(self)] != [int, float, int, int, bool]:
             raise TypeError(f"{self} has values of other types")
+
+    def over(self, settings: Settings) -> bool:
+        """Whether nothing is left to train."""
+        return self.stopped or self.update >= settings.updates
+
+    def validated(self, loss: float, patience: int) -> bool:
+        """Take note of a validation; returns whether it was the best until now."""
+        best = loss < self.best_loss
+        if best:
+            self.best_loss, self.best_update = loss, self.update
+        self.stale = 0 if best else self.stale + 1
+        self.stopped = 0 < patience <= self.stale
+        return best
 
 
 def new_model(settings: Settings, words: int) -> Seq2Seq:
@@ -207,15 +218,6 @@ def alone(run: Run) -> contextlib.AbstractContextManager[None]:
     return run.locked() if ranks()[0] == 0 else contextlib.nullcontext()
 
 
-def _alone_in_its_folder(function):
-    @functools.wraps(function)
-    def locked(run: Run, *arguments, **options):
-        with alone(run):
-            return function(run, *arguments, **options)
-
-    return locked
-
-
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[list[int]]:
     """A list that Ctrl-C adds to, instead of breaking in between two tensors; a second one breaks in.
@@ -240,7 +242,6 @@ def _ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@_alone_in_its_folder
 def fit(
     run: Run,
     prepared: Prepared,
@@ -263,117 +264,89 @@ def fit(
     Ctrl-C ends the update in progress, writes the checkpoint and raises KeyboardInterrupt. Raises UserError when a
     loss or gradient is not finite (the last checkpoint is kept), or when another process trains in this folder.
     """
-    rank, world = ranks()
-    keep_memory()
-    digest = training_digest(settings, prepared.digest)
-    model = new_model(settings, len(prepared.vocabulary)).to(device)
-    optimizer = new_optimizer(model, settings)
-    progress = Progress()
-    state = _resumable(run, digest) if resume else None
-    if world > 1:
-        dist.barrier()  # all have read the checkpoint before the first moves it
-    if state is None:
-        precision = _the_firsts(choose_precision(settings.precision, device))
-        best_model = _copy(model)
-        if rank == 0:
-            if run.checkpoint.exists():
-                previous = run.checkpoint.replace(run.checkpoint.with_name("checkpoint.previous.pt"))
-                if resume:
-                    what = "is of other settings, data or code: training starts anew"
-                    print(f"{shown(previous)} {what}", file=sys.stderr)
-            write_text(run.metrics, "")
-    else:
-        precision, best_model = state["precision"], state["best_model"]
-        progress = _restore(run, state, model, optimizer)
-        if rank == 0:
-            rows = read_metrics(run) if run.metrics.exists() else []
-            write_text(run.metrics, _as_lines([row for row in rows if row["update"] <= progress.update]))
-    if rank == 0 and progress.update < settings.updates and not progress.stopped:
-        _record_machine(run, device, progress.update)
-    objective = Objective(model)
-    if world > 1:
-        objective = DistributedDataParallel(objective)  # no device_ids: it would move the lengths off the CPU
+    from tqdm.auto import tqdm  # here, since trained models are also used where there is no tqdm
 
-    train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
-    batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
-    rows: list[dict] = []
-    stopping = False
-    model.train()
-    with (
-        torch.random.fork_rng(),
-        _ctrl_c() as stop,
-        tqdm(
-            total=settings.updates, initial=progress.update, disable=not progress_bar or rank > 0, unit="update"
-        ) as bar,
-    ):
-        while progress.update < settings.updates and not progress.stopped and not stopping:
-            started = time.perf_counter()
-            indices = next(batches)
-            try:
-                row = take_step(objective, optimizer, train, indices, settings, progress.update, precision)
-            except FloatingPointError as error:
-                if rank == 0:
-                    append_text(run.metrics, _as_lines(rows))
-                first = " ".join(prepared.vocabulary.decode(train.queries[indices[0]].tolist()))
-                where = f"the batch of training examples {indices[:8].tolist()} … (the first query is {first!r})"
-                raise _not_finite(run, f"Update {progress.update + 1}: {error}, in {where}.") from None
-            progress.update += 1
-            rows.append({"update": progress.update, **row, "seconds": round(time.perf_counter() - started, 4)})
-            bar.update()
-            if progress.update % 20 == 0:
-                tracker.log({"loss": row["loss"], "learning_rate": row["learning_rate"]}, progress.update)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
-            due = progress.update % settings.validate_every == 0 or progress.update == settings.updates
-            if due:
-                loss = _the_firsts(evaluate(model, validation).per_token)
-                if not math.isfinite(loss):
-                    raise _not_finite(run, f"The validation loss after update {progress.update} is {loss}.")
-                progress.stale += 1
-                if loss < progress.best_loss:
-                    progress.best_loss, progress.best_update, progress.stale = loss, progress.update, 0
-                    best_model = _copy(model)
-                progress.stopped = 0 < settings.patience <= progress.stale
-                rows.append({"update": progress.update, "validation_loss": loss})
-                tracker.log({"validation_loss": loss}, progress.update)
-            stopping = bool(stop)
-            if due or stopping:
-                if rank == 0:
-                    append_text(run.metrics, _as_lines(rows))
-                rows = []
-                state = {
-                    "settings": settings.to_dict(),
-                    "vocabulary": prepared.vocabulary.to_json(),
-                    "digest": digest,
-                    "precision": precision,
-                    "model": model.state_dict(),
-                    "best_model": best_model,
-                    "optimizer": optimizer.state_dict(),
-                    "progress": dataclasses.asdict(progress),
-                }
-                if rank == 0:
-                    checkpoint.save(run.checkpoint, state)
-    if progress.update < settings.updates and not progress.stopped:
-        raise KeyboardInterrupt(f"stopped after update {progress.update}; {_kept(run)} Resume to go on from there.")
-    tracker.summary(best_validation_loss=progress.best_loss, best_update=progress.best_update)
-    if rank == 0:
-        run.record(
-            settings=settings.to_dict(),
-            corpus=prepared.corpus,
-            data_digest=prepared.digest,
-            device=str(device),
-            processes=world,
-            precision=precision,
-            progress=dataclasses.asdict(progress),
-            parameters=parameter_count(model),
-        )
+    keep_memory()
+    rank, world = ranks()
+    with alone(run):
+        model = new_model(settings, len(prepared.vocabulary)).to(device)
+        optimizer = new_optimizer(model, settings)
+        digest = training_digest(settings, prepared.digest)
+        progress, precision, best_model = _begin(run, digest, settings, model, optimizer, resume)
+        if rank == 0 and not progress.over(settings):
+            _record_machine(run, device, progress.update)
+        objective = Objective(model)
+        if world > 1:
+            objective = DistributedDataParallel(objective)  # no device_ids: it would move the lengths off the CPU
+        train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
+        batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
+        rows: list[dict] = []
+        stopping = False
+        model.train()
+        bar = tqdm(total=settings.updates, initial=progress.update, disable=not progress_bar or rank > 0, unit="update")
+        with torch.random.fork_rng(), _ctrl_c() as stop, bar:
+            while not progress.over(settings) and not stopping:
+                started = time.perf_counter()
+                indices = next(batches)
+                try:
+                    row = take_step(objective, optimizer, train, indices, settings, progress.update, precision)
+                except FloatingPointError as error:
+                    _write_rows(run, rows)
+                    first = " ".join(prepared.vocabulary.decode(train.queries[indices[0]].tolist()))
+                    where = f"the batch of training examples {indices[:8].tolist()} … (the first query is {first!r})"
+                    raise _not_finite(run, f"Update {progress.update + 1}: {error}, in {where}.") from None
+                progress.update += 1
+                rows.append({"update": progress.update, **row, "seconds": round(time.perf_counter() - started, 4)})
+                bar.update()
+                if progress.update % 20 == 0:
+                    tracker.log({"loss": row["loss"], "learning_rate": row["learning_rate"]}, progress.update)
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
+                due = progress.update % settings.validate_every == 0 or progress.update == settings.updates
+                if due:
+                    loss = _the_firsts(evaluate(model, validation).per_token)
+                    if not math.isfinite(loss):
+                        raise _not_finite(run, f"The validation loss after update {progress.update} is {loss}.")
+                    if progress.validated(loss, settings.patience):
+                        best_model = _copy(model)
+                    rows.append({"update": progress.update, "validation_loss": loss})
+                    tracker.log({"validation_loss": loss}, progress.update)
+                stopping = bool(stop)
+                if due or stopping:
+                    _write_rows(run, rows)
+                    rows = []
+                    if rank == 0:
+                        state = {
+                            "settings": settings.to_dict(),
+                            "vocabulary": prepared.vocabulary.to_json(),
+                            "digest": digest,
+                            "precision": precision,
+                            "model": model.state_dict(),
+                            "best_model": best_model,
+                            "optimizer": optimizer.state_dict(),
+                            "progress": dataclasses.asdict(progress),
+                        }
+                        checkpoint.save(run.checkpoint, state)
+        if not progress.over(settings):
+            raise KeyboardInterrupt(f"stopped after update {progress.update}; {_kept(run)} Resume to go on from there.")
+        tracker.summary(best_validation_loss=progress.best_loss, best_update=progress.best_update)
+        if rank == 0:
+            run.record(
+                settings=settings.to_dict(),
+                corpus=prepared.corpus,
+                data_digest=prepared.digest,
+                device=str(device),
+                processes=world,
+                precision=precision,
+                progress=dataclasses.asdict(progress),
+                parameters=parameter_count(model),
+            )
     model.load_state_dict(best_model)
     return model.eval()
 
 
 def read_metrics(run: Run) -> list[dict]:
     """The rows of `metrics.jsonl`: one an update (loss, …) and one a validation (validation_loss)."""
-    if not run.metrics.is_file():
-        raise UserError(f"{shown(run.metrics)} is missing: notebook 03_training makes it. Run that first.")
+    need(run.metrics, "notebook 03_training")
     rows = []
     for line in run.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
@@ -429,12 +402,35 @@ def take_step(
     return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate, "tokens": tokens}
 
 
-def _resumable(run: Run, digest: str) -> dict | None:
-    """The folder's checkpoint if it was trained from the same settings, data and code."""
-    if not run.checkpoint.is_file():
-        return None
-    state = checkpoint.load(run.checkpoint)
-    return state if state["digest"] == digest else None
+def _begin(
+    run: Run, digest: str, settings: Settings, model: Seq2Seq, optimizer: torch.optim.Optimizer, resume: bool
+) -> tuple[Progress, str, dict[str, Tensor]]:
+    """Progress, precision and best weights: those of the folder's checkpoint, if it is of the same settings, data and
+    code, or of a new training. Model, optimiser and the file of metrics are made to fit them."""
+    rank, world = ranks()
+    state = checkpoint.load(run.checkpoint) if resume and run.checkpoint.is_file() else None
+    if world > 1:
+        dist.barrier()  # all have read the checkpoint before the first moves it
+    if state is None or state["digest"] != digest:
+        if rank == 0:
+            if run.checkpoint.exists():
+                previous = run.checkpoint.replace(run.checkpoint.with_name("checkpoint.previous.pt"))
+                if resume:
+                    what = "is of other settings, data or code: training starts anew"
+                    print(f"{shown(previous)} {what}", file=sys.stderr)
+            write_text(run.metrics, "")
+        precision = choose_precision(settings.precision, model.embedding.weight.device)
+        return Progress(), _the_firsts(precision), _copy(model)
+    kinds = (RuntimeError, ValueError, TypeError, KeyError, AttributeError)
+    with refusing(f"{shown(run.checkpoint)} cannot be gone on from", "Move it away.", *kinds):
+        for weights in (state["best_model"], state["model"]):
+            model.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+    if rank == 0:
+        rows = read_metrics(run) if run.metrics.exists() else []
+        write_text(run.metrics, _as_lines([row for row in rows if row["update"] <= progress.update]))
+    return progress, state["precision"], state["best_model"]
 
 
 def _the_firsts(value):
@@ -446,21 +442,10 @@ def _the_firsts(value):
     return value
 
 
-def _restore(run: Run, state: dict, model: Seq2Seq, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put the checkpoint's state where it belongs."""
-    try:
-        for weights in (state["best_model"], state["model"]):
-            model.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
-        return Progress(**state["progress"])
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{shown(run.checkpoint)} cannot be gone on from ({reason}). Move it away.") from None
-
-
 def _record_machine(run: Run, device: torch.device, update: int) -> None:
     """Note in the manifest what the updates from this one on are made with; say so if that was something else."""
-    here = {name: machine()[name] for name in ("threads", "processor", "torch")} | {"device": str(device)}
+    facts = machine()
+    here = {name: facts[name] for name in ("threads", "processor", "torch")} | {"device": str(device)}
     before = [entry for entry in run.facts().get("trained_with", []) if entry["from_update"] < update]
     changed = [
         f"{name} {here[name]} instead of {before[-1][name]}"
@@ -480,6 +465,11 @@ def _not_finite(run: Run, what: str) -> UserError:
 
 def _kept(run: Run) -> str:
     return f"{shown(run.checkpoint)} is kept." if run.checkpoint.exists() else "No checkpoint was written yet."
+
+
+def _write_rows(run: Run, rows: list[dict]) -> None:
+    if ranks()[0] == 0:
+        append_text(run.metrics, _as_lines(rows))
 
 
 def _as_lines(rows: list[dict]) -> str:

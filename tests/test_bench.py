@@ -20,20 +20,19 @@ FOUND = {
 
 
 def test_the_table_gives_medians_of_the_rounds_ratios_and_their_spread():
-    rows = bench.table(FOUND).set_index("measured")
-    row = rows.loc["training, bf16: target tokens/s"]
-    assert (row["textbook"], row["ours"], row["ratio"]) == ("100.0", "500.0", "5.00")
-    assert row["from – to"] == "5.00 – 6.00"
-    assert row["of the matrix peak"] == "50%"
-    assert rows.loc["corpus lines/s", "from – to"] == "4.00 – 5.00"
-    assert rows.loc[f"whole trainings an hour to loss {bench.LOSS}", "ratio"] == "4.00"
+    rows = bench.compared(FOUND)
+    row = rows.loc["training, bf16: target tokens/s"].to_dict()
+    expected = {"textbook": 100, "ours": 500, "ratio": 5, "low": 5, "high": 6, "share of peak": 0.5}
+    assert row == pytest.approx(expected)
+    assert list(rows.loc["corpus lines/s", ["low", "high"]]) == [4, 5]
+    assert rows.loc[f"whole trainings an hour to loss {bench.LOSS}", "ratio"] == 4
 
 
 def test_the_pictures_show_the_measured_numbers():
-    figure = plots.bench(FOUND)
+    figure = plots.ratios(bench.compared(FOUND), "times")
     texts = [text.get_text().strip() for text in figure.axes[0].texts]
-    assert texts == ["2.2×", "5.0×", "2.0×", "30.0×", "4.7×", "4.0×"]
-    figure = plots.scale(FOUND)
+    assert texts == ["4.7×", "26.7×", "2.2×", "5.0×", "2.0×", "30.0×", "4.0×"]
+    figure = plots.scale(FOUND["scale"])
     assert np.allclose(figure.axes[0].lines[0].get_ydata(), [1, 10])
     plt.close("all")
 

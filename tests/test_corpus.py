@@ -9,7 +9,8 @@ import zipfile
 import pytest
 
 from helpers import corpus as corpus_module
-from helpers.corpus import CorpusError, download, read_corpus
+from helpers.corpus import download, read_corpus
+from helpers.settings import UserError
 
 LINES = [
     "L1 +++$+++ u0 +++$+++ m0 +++$+++ ANN +++$+++ Hello.",
@@ -97,7 +98,7 @@ def test_the_real_excerpt(excerpt):
     ],
 )
 def test_a_malformed_corpus_names_file_and_line(tmp_path, lines, conversations, words):
-    with pytest.raises(CorpusError) as raised:
+    with pytest.raises(UserError) as raised:
         read_corpus(write(tmp_path / "c", lines, conversations))
     assert all(word in str(raised.value) for word in words), raised.value
 
@@ -105,7 +106,7 @@ def test_a_malformed_corpus_names_file_and_line(tmp_path, lines, conversations, 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_a_wrong_encoding_is_named(tmp_path, encoding):
     lines = [line for line in LINES if "\xef" not in line and "L4" not in line]
-    with pytest.raises(CorpusError, match=r"UTF-8|byte-order"):
+    with pytest.raises(UserError, match=r"UTF-8|byte-order"):
         read_corpus(write(tmp_path / "c", lines, CONVERSATIONS[:1], encoding))
 
 
@@ -115,14 +116,14 @@ def test_a_wrong_encoding_is_named(tmp_path, encoding):
 def test_a_malformed_convokit_line_is_named(tmp_path, line):
     path = tmp_path / "utterances.jsonl"
     path.write_bytes(line.encode("iso-8859-1"))
-    with pytest.raises(CorpusError, match="line 1"):
+    with pytest.raises(UserError, match="line 1"):
         read_corpus(path)
 
 
 def test_an_answer_to_a_line_that_is_not_there_is_named(tmp_path):
     path = tmp_path / "utterances.jsonl"
     path.write_text(json.dumps({"id": "L2", "text": "a", "conversation_id": "L1", "reply-to": "L1"}))
-    with pytest.raises(CorpusError, match="L1"):
+    with pytest.raises(UserError, match="L1"):
         read_corpus(path)
 
 
@@ -131,36 +132,36 @@ def test_zips_that_are_none_cut_short_or_empty(tmp_path):
     whole = path.read_bytes()
     for content, word in [(whole[: len(whole) // 2], "zip"), (b"<html>", "web page"), (b"", "zip")]:
         path.write_bytes(content)
-        with pytest.raises(CorpusError, match=word):
+        with pytest.raises(UserError, match=word):
             read_corpus(path)
     damaged = bytearray(whole)
     damaged[120] ^= 0xFF  # inside the first member's data
     path.write_bytes(damaged)
-    with pytest.raises(CorpusError):
+    with pytest.raises(UserError):
         read_corpus(path)
 
 
 def test_a_zip_without_the_files_or_with_two_corpora(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(CorpusError, match=r"movie_lines\.txt"):
+    with pytest.raises(UserError, match=r"movie_lines\.txt"):
         read_corpus(tmp_path / "other.zip")
     (tmp_path / "two").mkdir()
     write(tmp_path / "two" / "a")
     write(tmp_path / "two" / "b")
-    with pytest.raises(CorpusError, match="several"):
+    with pytest.raises(UserError, match="several"):
         read_corpus(tmp_path / "two")
 
 
 def test_a_member_that_claims_to_be_huge_is_refused(tmp_path, monkeypatch):
     path = as_zip(write(tmp_path / "c"), tmp_path / "c.zip")
     monkeypatch.setattr(corpus_module, "LARGEST_FILE", 100)
-    with pytest.raises(CorpusError, match="refused"):
+    with pytest.raises(UserError, match="refused"):
         read_corpus(path)
 
 
 def test_a_missing_path_says_what_to_give(tmp_path):
-    with pytest.raises(CorpusError, match="cornell"):
+    with pytest.raises(UserError, match="cornell"):
         read_corpus(tmp_path / "nowhere.zip")
 
 
@@ -208,7 +209,7 @@ def test_a_wrong_checksum_or_a_web_page_leaves_nothing_behind(server, tmp_path):
     path = tmp_path / "corpus.zip"
     for content, word in [(b"something else", "SHA-256"), (b"<html>log in</html>", "web page")]:
         server.content = content
-        with pytest.raises(CorpusError, match=word):
+        with pytest.raises(UserError, match=word):
             download(server.url, path, "0" * 64)
         assert list(tmp_path.iterdir()) == []
 
@@ -216,12 +217,12 @@ def test_a_wrong_checksum_or_a_web_page_leaves_nothing_behind(server, tmp_path):
 def test_a_kept_file_that_changed_is_not_used(tmp_path):
     path = tmp_path / "corpus.zip"
     path.write_bytes(b"changed")
-    with pytest.raises(CorpusError, match="Delete it"):
+    with pytest.raises(UserError, match="Delete it"):
         download("http://127.0.0.1:1/corpus.zip", path, "0" * 64)
 
 
 def test_without_network_it_says_where_to_put_the_file(tmp_path):
-    with pytest.raises(CorpusError, match=r"put it at .*corpus\.zip"):
+    with pytest.raises(UserError, match=r"put it at .*corpus\.zip"):
         download("http://127.0.0.1:1/corpus.zip", tmp_path / "corpus.zip", "0" * 64)
 
 

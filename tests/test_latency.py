@@ -13,10 +13,10 @@ from helpers.__main__ import main
 from helpers.batches import Prepared
 from helpers.checkpoint import load_model
 from helpers.decoding import GreedySearch
-from helpers.latency import answers, measure, parity, perplexity, report, table
+from helpers.latency import answers, measure, parity, report, table
 from helpers.run import Run
 from helpers.settings import UserError
-from helpers.training import evaluate, new_model
+from helpers.training import new_model
 from tests.conftest import CPU, TINY
 
 
@@ -57,10 +57,6 @@ def test_what_follows_the_end_is_no_answer(bot):
     model, test = bot
     textbook = answers(lambda *given: stepwise.greedy(model, *given), test, 12, size=7)
     assert parity(model, test, answers(GreedySearch(model).eval(), test, 12), textbook)["different"] == 0
-
-
-def test_perplexity_is_that_of_the_evaluation(bot):
-    assert perplexity(*bot) == pytest.approx(evaluate(*bot).perplexity, rel=1e-5)
 
 
 def test_enough_replies_are_timed_in_turn(bot):
@@ -131,10 +127,10 @@ import sys
 sys.modules.update(dict.fromkeys({missing}))
 import helpers.__main__
 import torch
-from helpers.latency import keep, report
-from helpers.run import Run
+from helpers.latency import report
+from helpers.run import Run, write_json
 import pathlib
-keep(pathlib.Path({str(tmp_path / "t.json")!r}),
+write_json(pathlib.Path({str(tmp_path / "t.json")!r}),
      report(Run({str(trained.folder)!r}), torch.device("cpu"), [2], 10, 10, full=False))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -167,7 +167,7 @@ def test_a_wandb_key_stays_out_of_a_notebook_and_of_its_run(prepared, monkeypatc
     with notebook.kernel():
         assert notebook.run(range(fits + 1)) == []
     assert run.checkpoint.is_file()
-    assert list(run.wandb.rglob("*.wandb"))  # it was logged, offline
+    assert list(run.folder.rglob("*.wandb"))  # it was logged, offline
     assert key not in json.dumps(notebook.client.nb)
     for path in run.folder.rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes(), path

@@ -36,8 +36,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     path.write_text("old")
 
     def interrupted():
-        with atomic_write(path, "w") as file:
-            file.write("half")
+        with atomic_write(path) as file:
+            file.write(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

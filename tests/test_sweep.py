@@ -13,16 +13,12 @@ import helpers.sweep
 from helpers.__main__ import main
 from helpers.run import ROOT, Run
 from helpers.settings import Settings, UserError, load_profile
-from helpers.sweep import join_sweep, open_study, planned, read_sweep, run_sweep, trial_table
+from helpers.sweep import join_sweep, open_study, planned, read_sweep, run_sweep, trial_table, write_profile
 from tests.conftest import CPU, TINY
 
 HEAD = "method: random\nmetric: {name: validation_loss, goal: minimize}\nparameters:\n"
 RATES = HEAD + "  learning_rate: {values: [0.001, 0.01]}\n"
 BASE = TINY.change(updates=4, validate_every=4)
-
-
-def quiet(_):
-    pass
 
 
 def spec_of(tmp_path, text):
@@ -98,13 +94,13 @@ def test_a_plan_tries_nothing_twice_and_a_longer_one_begins_alike(tmp_path):
     assert planned(spec, 6, 2) != plan
 
 
-def test_trials_are_logged_offline_go_on_and_are_ranked(tmp_path, prepared):
+def test_trials_are_logged_offline_go_on_and_are_ranked(tmp_path, prepared, capsys):
     spec = spec_of(tmp_path, RATES + "  dropout: {min: 0.0, max: 0.5}\n")
-    run, said = Run(tmp_path / "run"), []
-    run_sweep(run, prepared, BASE, spec, 2, show=said.append)
-    study = run_sweep(run, prepared, BASE, spec, 4, "off", show=said.append)
+    run = Run(tmp_path / "run")
+    run_sweep(run, prepared, BASE, spec, 2)
+    study = run_sweep(run, prepared, BASE, spec, 4, "off")
     table = trial_table(study)
-    assert len(table) == sum("validation loss" in line for line in said) == 4
+    assert len(table) == sum("validation loss" in line for line in capsys.readouterr().out.splitlines()) == 4
     assert table["validation loss"].is_monotonic_increasing
     offline = list(run.sweep.glob("*/trial-*/wandb/offline-run-*/*.wandb"))
     assert len(offline) == 2
@@ -114,33 +110,33 @@ def test_trials_are_logged_offline_go_on_and_are_ranked(tmp_path, prepared):
 
 def test_another_budget_is_another_sweep(tmp_path, prepared):
     spec, run = spec_of(tmp_path, RATES), Run(tmp_path / "run")
-    first = run_sweep(run, prepared, BASE, spec, 1, "off", show=quiet)
-    second = run_sweep(run, prepared, BASE.change(updates=8), spec, 1, "off", show=quiet)
+    first = run_sweep(run, prepared, BASE, spec, 1, "off")
+    second = run_sweep(run, prepared, BASE.change(updates=8), spec, 1, "off")
     assert first.study_name != second.study_name
     assert len(first.trials) == len(second.trials) == 1
 
 
-def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, prepared):
+def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, prepared, capsys):
     spec = spec_of(tmp_path, HEAD.replace("random", "grid") + "  learning_rate: {values: [10.0, 0.01]}\n")
-    base, said = BASE.change(optimizer="sgd", weight_decay=10.0, updates=30), []  # weights grow 99-fold an update
+    base = BASE.change(optimizer="sgd", weight_decay=10.0, updates=30)  # weights grow 99-fold an update
     run = Run(tmp_path / "run")
-    study = run_sweep(run, prepared, base, spec, 2, "off", show=said.append)
+    study = run_sweep(run, prepared, base, spec, 2, "off")
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
     assert "loss is" in study.trials[0].user_attrs["error"]
-    assert "loss is" in said[1]
-    assert len(run_sweep(run, prepared, base, spec, 2, "off", show=quiet).trials) == 2  # it is not tried again
+    assert "loss is" in capsys.readouterr().out
+    assert len(run_sweep(run, prepared, base, spec, 2, "off").trials) == 2  # it is not tried again
 
 
 def test_a_grid_tries_every_combination_once(tmp_path, prepared):
     grid = HEAD.replace("random", "grid") + "  clip: {values: [0, 1]}\n  dropout: {values: [0.0, 0.2]}\n"
-    table = trial_table(run_sweep(Run(tmp_path / "run"), prepared, BASE, spec_of(tmp_path, grid), 9, "off", show=quiet))
+    table = trial_table(run_sweep(Run(tmp_path / "run"), prepared, BASE, spec_of(tmp_path, grid), 9, "off"))
     assert len(table) == len(table[["clip", "dropout"]].drop_duplicates()) == 4
 
 
 def test_bayes_draws_each_place_differently_and_each_sweep_alike(tmp_path, prepared):
     spec = spec_of(tmp_path, HEAD.replace("random", "bayes") + "  dropout: {min: 0.0, max: 0.5}\n")
     drawn = [
-        [t.params for t in run_sweep(Run(tmp_path / name), prepared, BASE, spec, 3, "off", show=quiet).trials]
+        [t.params for t in run_sweep(Run(tmp_path / name), prepared, BASE, spec, 3, "off").trials]
         for name in ("a", "b")
     ]
     assert drawn[0] == drawn[1]
@@ -151,15 +147,18 @@ def test_hyperband_stops_a_trial_that_is_behind(tmp_path, prepared):
     text = "early_terminate: {type: hyperband, min_iter: 1, eta: 2}\n" + HEAD.replace("random", "grid")
     spec = spec_of(tmp_path, text + "  learning_rate: {values: [0.01, 0.0]}\n")
     base = BASE.change(updates=12)
-    study = run_sweep(Run(tmp_path / "run"), prepared, base, spec, 2, "off", show=quiet)
+    study = run_sweep(Run(tmp_path / "run"), prepared, base, spec, 2, "off")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
     assert trial_table(study)["validation loss"].notna().sum() == 1
 
 
 def test_a_sweep_without_a_finished_trial_says_so(tmp_path, prepared):
     run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
+    study = run_sweep(run, prepared, BASE, spec, 0, "off")
     with pytest.raises(UserError, match="No trial"):
-        trial_table(run_sweep(run, prepared, BASE, spec, 0, "off", show=quiet))
+        trial_table(study)
+    with pytest.raises(UserError, match="No trial"):
+        write_profile(tmp_path / "best.yaml", study)
     with pytest.raises(UserError, match="no sweep 'other'"):
         open_study(run, "other")
     with pytest.raises(UserError, match="make sweep"):
@@ -170,18 +169,18 @@ def test_a_sweep_without_a_finished_trial_says_so(tmp_path, prepared):
 
 def test_half_a_line_of_a_killed_worker_is_cut_off(tmp_path, prepared):
     run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
-    run_sweep(run, prepared, BASE, spec, 1, "off", show=quiet)
+    run_sweep(run, prepared, BASE, spec, 1, "off")
     journal = run.sweep / "journal.log"
     whole = journal.read_bytes()
     journal.write_bytes(whole + b'{"op_code":4,"stu')
-    study = run_sweep(run, prepared, BASE, spec, 2, "off", show=quiet)
+    study = run_sweep(run, prepared, BASE, spec, 2, "off")
     assert completed(study) == [0, 1]
     assert journal.read_bytes().startswith(whole + b"{")
 
 
 def test_a_worker_that_dies_while_others_write_spoils_nothing(tmp_path, prepared):
     run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
-    study = run_sweep(run, prepared, BASE, spec, 1, "off", show=quiet)
+    study = run_sweep(run, prepared, BASE, spec, 1, "off")
     with open(run.sweep / "journal.log", "ab") as journal:
         journal.write(b'{"op_code":4,"stu')
     study.set_user_attr("note", "written behind it")
@@ -190,7 +189,7 @@ def test_a_worker_that_dies_while_others_write_spoils_nothing(tmp_path, prepared
 
 def test_a_spoilt_journal_names_its_line(tmp_path, prepared):
     run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
-    study = run_sweep(run, prepared, BASE, spec, 2, "off", show=quiet)
+    study = run_sweep(run, prepared, BASE, spec, 2, "off")
     journal = run.sweep / "journal.log"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join([*lines, "no json\n"]))
@@ -209,7 +208,7 @@ def test_a_trial_taken_for_dead_leaves_its_end_to_the_others(tmp_path, prepared,
         return real(folder, *arguments, **options)
 
     monkeypatch.setattr(helpers.sweep, "fit", slow)
-    study = run_sweep(run, prepared, BASE, spec, 1, "off", show=quiet)
+    study = run_sweep(run, prepared, BASE, spec, 1, "off")
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
     assert completed(study) == [0]
 
@@ -220,14 +219,14 @@ def test_a_mistake_in_the_code_is_not_swallowed(tmp_path, prepared, monkeypatch)
 
     monkeypatch.setattr(helpers.sweep, "fit", broken)
     with pytest.raises(ValueError, match="a bug"):
-        run_sweep(Run(tmp_path / "run"), prepared, BASE, spec_of(tmp_path, RATES), 1, "off", show=quiet)
+        run_sweep(Run(tmp_path / "run"), prepared, BASE, spec_of(tmp_path, RATES), 1, "off")
 
 
 def test_a_killed_worker_s_trial_is_run_again_and_none_twice(tmp_path, prepared):
     """Two processes on one sweep; the first is killed in the midst of a trial, and a third takes its place."""
     spec = spec_of(tmp_path, HEAD + "  clip: {values: [0, 1, 2]}\n  learning_rate: {values: [0.001, 0.003, 0.01]}\n")
     run, base = Run(tmp_path / "run"), BASE.change(updates=60)
-    study = run_sweep(run, prepared, base, spec, 0, "off", show=quiet)
+    study = run_sweep(run, prepared, base, spec, 0, "off")
     study.set_user_attr("trials", 9)
     command = python("sweep-worker", study.study_name, "--run", run.folder, "--wandb", "off", "--device", "cpu")
     with open(tmp_path / "said", "w") as said:
@@ -254,7 +253,7 @@ def test_a_database_serves_several_machines(tmp_path, prepared, monkeypatch):
     spec, run = spec_of(tmp_path, RATES), Run(tmp_path / "run")
     storage = f"sqlite:///{tmp_path}/sweep.db"
     base = BASE.change(updates=100_000, validate_every=100_000)
-    study = run_sweep(run, prepared, base, spec, 0, "off", storage=storage, show=quiet)
+    study = run_sweep(run, prepared, base, spec, 0, "off", storage=storage)
     study.set_user_attr("trials", 1)
     command = python("sweep-worker", study.study_name, "--run", run.folder, "--wandb", "off", "--storage", storage)
     worker = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -264,7 +263,7 @@ def test_a_database_serves_several_machines(tmp_path, prepared, monkeypatch):
     worker.kill()
     worker.wait()
     study.set_user_attr("base", BASE.to_dict())  # what is left is short
-    again = join_sweep(run, study.study_name, "off", storage=storage, device=CPU, show=quiet)
+    again = join_sweep(run, study.study_name, "off", storage=storage, device=CPU)
     assert [trial.state.name for trial in again.trials] == ["FAIL", "COMPLETE"]
 
 
@@ -294,10 +293,10 @@ def test_two_agents_of_the_file_s_command_do_not_collide(tmp_path, prepared):
 def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, capsys):
     choices = "  learning_rate: {values: [0.0001, 0.01]}\n  optimizer: {values: [adam, sgd]}\n"
     run, spec = Run(tmp_path / "run"), spec_of(tmp_path, HEAD + choices + "  clip: {values: [0, 1, 2]}\n")
-    study = run_sweep(run, prepared, BASE, spec, 12, "off", show=quiet)
+    study = run_sweep(run, prepared, BASE, spec, 12, "off")
     target = tmp_path / "results" / "sweep"
-    profile = str(tmp_path / "best.yaml")
-    arguments = ["--run", str(run.folder), "--to", profile, "--results", str(target), "--seeds", "1"]
+    profile = str(run.folder / "best.yaml")
+    arguments = ["--run", str(run.folder), "--results", str(target), "--seeds", "1"]
     assert main(["best", study.study_name, *arguments, "--device", "cpu"]) == 0
     assert load_profile(profile) == BASE.change(**study.best_trial.params)
     assert profile in capsys.readouterr().out

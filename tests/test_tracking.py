@@ -10,7 +10,7 @@ from helpers.tracking import Tracker, create_sweep, logged_in, run_agent
 def test_off_does_nothing_and_does_not_import_wandb(tmp_path):
     program = (
         "import sys; from pathlib import Path; from helpers.tracking import Tracker\n"
-        "t = Tracker('off', Path(sys.argv[1]), {}); t.log({'loss': 1.0}, 1); t.finish()\n"
+        "with Tracker('off', Path(sys.argv[1]), {}) as t: t.log({'loss': 1.0}, 1)\n"
         "assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
@@ -22,8 +22,7 @@ def test_offline_writes_a_run_without_a_word(tmp_path, capfd):
         for update in range(3):
             tracker.log({"loss": 1.0 / (update + 1)}, update)
         tracker.summary(best=0.5)
-        folder = tracker.folder
-    assert list(folder.glob("*.wandb"))
+    assert list(tmp_path.rglob("*.wandb"))
     out, err = capfd.readouterr()
     assert (out.strip(), err.strip()) == ("", "")
 

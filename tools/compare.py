@@ -20,7 +20,7 @@ from helpers.chat import Chatbot
 from helpers.corpus import read_corpus
 from helpers.decoding import choice_accuracy, log_probability, mutual_information
 from helpers.metrics import commonest_reply, reply_metrics
-from helpers.run import ROOT, Run, choose_device, machine, write_text
+from helpers.run import ROOT, Run, choose_device, machine, write_json
 from helpers.settings import UserError, load_profile
 from helpers.text import EOS
 from helpers.tracking import Tracker
@@ -128,7 +128,7 @@ def main() -> int:
     kind, measured = ("context", measure_context) if options.context else ("compare", measure)
     try:
         result = measured(name, read_corpus(options.corpus), choose_device(options.device))
-        write_text(ROOT / "results" / f"{kind}-{name}.json", json.dumps(result, indent=1) + "\n")
+        write_json(ROOT / "results" / f"{kind}-{name}.json", result)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

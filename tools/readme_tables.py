@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable
 
-from helpers import bench as benchmark
+from helpers.bench import compared
 from helpers.run import ROOT, write_text
 
 README = ROOT / "README.md"
@@ -27,7 +27,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def device(machine: dict) -> str:
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    return f"{machine['processor']}, {threads}, PyTorch {machine['torch']}, {machine['time'][:10]}"
+    return f"{machine.get('name', machine['processor'])}, {threads}, PyTorch {machine['torch']}, {machine['time'][:10]}"
 
 
 def summary() -> str:
@@ -124,10 +124,17 @@ def profile(found: dict) -> str:
 
 def bench(found: dict) -> str:
     """This project against the textbook way."""
-    rows = benchmark.table(found)
+    rows = [
+        [
+            name, f"{row['textbook']:,.1f}", f"{row['ours']:,.1f}", f"{row['ratio']:.2f}",
+            f"{row['low']:.2f} – {row['high']:.2f}", f"{row['share of peak']:.0%}" if row["share of peak"] > 0 else "",
+        ]
+        for name, row in compared(found).iterrows()
+    ]  # fmt: skip
+    header = ["measured", "textbook", "ours", "ratio", "from – to", "of the matrix peak"]
     scale = [f"{at['lines']:,} lines in {at['seconds']:.1f} s and {at['MB']:,.0f} MB" for at in found["scale"]]
     peaks = ", ".join(f"{value:,.0f} {unit}" for unit, value in found["peaks"].items())
-    return f"""{table(list(rows), rows.values.tolist())}
+    return f"""{table(header, rows)}
 
 Medians over the rounds of one run in which both ways take turns, their ratio, and the rounds' ratios. Generated
 corpora are prepared at {"; ".join(scale)}. Measured peaks of this machine: {peaks}.
