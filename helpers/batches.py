@@ -311,8 +311,8 @@ def split(exchanges: list[Exchange], share: float, seed: int) -> dict[str, str]:
 
 
 def padding_share(batches: list[Tensor], pairs: Pairs) -> float:
-    """The share of response places that would hold padding in these batches (tensors of indices)."""
-    lengths = [pairs.response_lengths[indices] for indices in batches]
+    """The share of places, in queries and responses, that would hold padding in these batches (tensors of indices)."""
+    lengths = [side[indices] for indices in batches for side in (pairs.query_lengths, pairs.response_lengths)]
     places = sum(int(part.max()) * len(part) for part in lengths)
     return 1 - sum(int(part.sum()) for part in lengths) / places
 

@@ -9,15 +9,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import http.client
 import io
 import json
 import lzma
 import os
 import re
 import struct
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +24,7 @@ from typing import BinaryIO, NamedTuple
 
 from helpers import sample
 from helpers.run import ROOT, no_collection, shown
-from helpers.settings import UserError
+from helpers.settings import UserError, refusing
 
 DATA = ROOT / "data"
 URL = "https://www.cs.cornell.edu/~cristian/data/cornell_movie_dialogs_corpus.zip"
@@ -96,54 +93,22 @@ def fingerprint(path: Path) -> str:
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
-    """Fetch a file once, with a progress bar, going on where an earlier attempt broke off.
+    """Fetch a file once, with a progress bar; it takes its place only when its SHA-256 is right.
 
-    The file takes its name only when its SHA-256 is right. Raises UserError if there is no network, if the server
-    sends something else, or if the checksum is wrong (the partial file is then removed).
+    Raises UserError if there is no network, if the server sends something else, or if a kept file has changed.
     """
     if path.is_file():
         if _sha256(path) != sha256:
             raise UserError(f"{shown(path)} has the wrong SHA-256, not {sha256}. Delete it and run again.")
         return path
-    part = path.with_name(path.name + ".part")
+    import pooch  # here, since only a download needs it
+
+    pooch.get_logger().setLevel("WARNING")
     by_hand = f"Fetch it by other means and put it at {shown(path)}, or give a local file as the corpus."
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part)
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"{url} could not be downloaded ({reason}). {by_hand}") from None
-    found = _sha256(part)
-    if found != sha256:
-        with open(part, "rb") as file:
-            looks = "a web page" if file.read(512).lstrip()[:1] == b"<" else f"{part.stat().st_size:,} bytes"
-        part.unlink()
-        raise UserError(f"{url} sent {looks} with SHA-256 {found}, not {sha256}; it was deleted. {by_hand}")
-    part.replace(path)
+    with refusing(f"{url} could not be downloaded", by_hand, OSError, ValueError):  # requests' errors are OSErrors
+        patient = pooch.HTTPDownloader(progressbar=True, timeout=60)
+        pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, downloader=patient)
     return path
-
-
-def _fetch(url: str, part: Path) -> None:
-    from tqdm.auto import tqdm  # here, since only a download needs it
-
-    have = part.stat().st_size if part.is_file() else 0
-    headers = {"User-Agent": "chatbot-notebooks"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to send; the checksum decides whether that is well
-            raise
-        return
-    with answer, open(part, "ab" if answer.status == 206 else "wb") as file:
-        start = file.tell()
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else None
-        with tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar:
-            while block := answer.read(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-        if total is not None and file.tell() < total:
-            raise http.client.IncompleteRead(b"", total - file.tell())
 
 
 def _sha256(path: Path) -> str:

@@ -107,7 +107,7 @@ def training_curves(rows: Sequence[dict], window: int = 25) -> Figure:
     top.plot(
         best["update"], best["validation_loss"], "*", color=RED, markersize=12, label=f"best, update {best['update']}"
     )
-    top.set(ylabel="nats a token", ylim=(0, None))
+    top.set(ylabel="nats a token", yscale="log")
     top.legend()
     bottom.plot(update, _smooth([row["gradient_norm"] for row in steps], window), label="gradient norm (smoothed)")
     bottom.set(xlabel="update", ylabel="gradient norm", yscale="log")

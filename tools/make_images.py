@@ -26,54 +26,64 @@ IMAGES, RESULTS = ROOT / "images", ROOT / "results"
 QUESTION = "Anna has a red hat and a blue box. What colour is the box?"
 
 
-def architecture() -> plt.Figure:
-    """Encoder, attention and decoder at the moment when the fourth word of the reply is chosen."""
-    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    axes.set(xlim=(-0.6, 11.0), ylim=(-1.1, 4.9))
+def architecture(bot: Chatbot) -> plt.Figure:
+    """Encoder, attention and decoder at the moment when the bot says where Ruth is; the weights are the bot's own."""
+    query, reply, weights = bot.attention(bot.reply("Ruth met Leo at the bank. Where is Ruth?", "greedy"))
+    step = reply.index("bank")
+    figure, axes = plt.subplots(figsize=(13, 5.2), layout="constrained")
     axes.axis("off")
 
-    def box(x: float, y: float, text: str, colour: str, width: float = 0.9) -> None:
-        patch = plt.Rectangle((x - width / 2, y - 0.25), width, 0.5, facecolor=colour, edgecolor="black", alpha=0.85)
+    def box(x: float, y: float, text: str, colour: str, width: float) -> None:
+        patch = plt.Rectangle((x - width / 2, y - 0.3), width, 0.6, facecolor=colour, edgecolor="black", alpha=0.85)
         axes.add_patch(patch)
-        axes.text(x, y, text, ha="center", va="center", fontsize=10)
+        axes.text(x, y, text, ha="center", va="center", fontsize=12)
 
     def arrow(a: tuple[float, float], b: tuple[float, float], **style) -> None:
         arrowprops = {"arrowstyle": "->", "color": "black", "shrinkA": 0, "shrinkB": 0} | style
         axes.annotate("", xy=b, xytext=a, arrowprops=arrowprops)
 
+    def below(x: float, word: str) -> None:
+        axes.text(x, -1.05, word, ha="center", style="italic", fontsize=12)
+        arrow((x, -0.75), (x, -0.3))
+
     blue, orange, green, grey = "#c5d7ee", "#fbd7a8", "#cfe8bd", "#e4e4e0"
-    query, weights = ["where", "is", "ruth", "?"], [0.08, 0.07, 0.8, 0.05]
-    for i, (word, weight) in enumerate(zip(query, weights, strict=True)):
-        axes.text(i, -0.9, word, ha="center", style="italic")
-        box(i, 0, r"$\overrightarrow{h},\ \overleftarrow{h}$", blue)
-        arrow((i, -0.65), (i, -0.25))
-        arrow((i, 0.25), (4.0, 2.25), color="#3465a4", linewidth=0.6 + 5 * weight, alpha=0.8)
-        axes.text(i - 0.28, 0.42, f"{weight:.2f}", color="#3465a4", fontsize=9)
+    last, context = len(query) - 1, len(query) / 2 + 1.5
+    for i, (word, weight) in enumerate(zip(query, weights[step].tolist(), strict=True)):
+        below(i, word)
+        box(i, 0, f"$\\bar h_{{{i + 1}}}$", blue, 0.7)
+        arrow((i, 0.3), (context, 2.5), color=plots.BLUE, linewidth=0.6 + 5 * weight, alpha=0.8)
+        axes.text(i - 0.12, 0.5, f"{weight:.2f}", color=plots.BLUE, fontsize=10, ha="right")
         if i:
-            arrow((i - 0.55, 0.08), (i - 0.45, 0.08))
-            arrow((i - 0.45, -0.08), (i - 0.55, -0.08))
-    said = ["<sos>", "ruth", "is", "at"]
-    for t, word in enumerate(said):
-        x = 6 + 1.3 * t
-        axes.text(x, -0.9, word, ha="center", style="italic")
-        box(x, 0, f"$h_{t + 1}$", orange)
-        arrow((x, -0.65), (x, -0.25))
-        arrow((x - 0.85 if t else 4.95, 0), (x - 0.45, 0))
-    box(4.5, 0, "bridge", grey)
-    arrow((3.45, 0), (4.05, 0))
-    box(4.3, 2.5, "context $c_4 = \\sum_s a_4(s)\\, \\bar h_s$", green, 2.9)
-    x = 6 + 1.3 * 3
-    box(x - 0.6, 2.5, r"$\tilde h_4 = \tanh(W_c [c_4; h_4])$", green, 2.9)
-    arrow((x, 0.25), (x, 2.25))
-    arrow((5.75, 2.5), (x - 2.05, 2.5))
-    arrow((x - 0.5, 0.2), (4.9, 2.25), linestyle="--", color="#888a85")
-    axes.text(6.5, 1.75, "score$(h_4, \\bar h_s)$", color="#555753", fontsize=9)
-    box(x - 0.6, 3.6, r"softmax$(W_s \tilde h_4)$", grey, 2.9)
-    arrow((x - 0.6, 2.75), (x - 0.6, 3.35))
-    axes.text(x - 0.6, 4.5, "the", ha="center", style="italic")
-    arrow((x - 0.6, 3.85), (x - 0.6, 4.4))
-    axes.text(1.5, -1.1, "query: bidirectional GRU", ha="center", va="top", fontsize=9, color="#555753")
-    axes.text(7.95, -1.1, "response: GRU, one word after another", ha="center", va="top", fontsize=9, color="#555753")
+            arrow((i - 0.65, 0.1), (i - 0.35, 0.1))
+            arrow((i - 0.35, -0.1), (i - 0.65, -0.1))
+    bridge = last + 1.3
+    box(bridge, 0, "bridge", grey, 0.9)
+    arrow((last + 0.35, 0), (bridge - 0.45, 0))
+    axes.plot([0, 0, bridge], [-1.25, -1.6, -1.6], color="black", linewidth=1)
+    arrow((bridge, -1.6), (bridge, -0.3))
+    axes.text(bridge - 0.15, -1.5, "the last state forwards (at ?) and backwards (at the first word)", fontsize=10,
+              ha="right", color="#555753")  # fmt: skip
+    for t, word in enumerate(["<sos>", *reply[:step]]):
+        x = bridge + 1.3 + 1.1 * t
+        below(x, word)
+        box(x, 0, f"$h_{t + 1}$", orange, 0.7)
+        arrow((x - 0.75 if t else bridge + 0.45, 0), (x - 0.35, 0))
+    now, t = x - 0.8, step + 1
+    box(context, 2.8, f"context $c_{t} = \\sum_s a_{t}(s)\\, \\bar h_s$", green, 3.2)
+    box(now, 2.8, f"$\\tilde h_{t} = \\tanh(W_c [c_{t}; h_{t}] + b_c)$", green, 3.2)
+    arrow((x, 0.3), (x, 2.5))
+    arrow((context + 1.6, 2.8), (now - 1.6, 2.8))
+    arrow((x - 0.35, 0.3), (context + 0.9, 2.5), linestyle="--", color=plots.GREY)
+    axes.text(x - 2.4, 1.75, f"score$(h_{t}, \\bar h_s)$", color="#555753", fontsize=11, ha="center")
+    box(now, 3.9, f"softmax$(W_s \\tilde h_{t} + b_s)$", grey, 3.2)
+    arrow((now, 3.1), (now, 3.6))
+    axes.text(now, 4.75, reply[step], ha="center", style="italic", fontsize=12)
+    arrow((now, 4.2), (now, 4.65))
+    axes.text(last / 2, -2.0, "query: bidirectional GRU, $\\bar h$ the sum of both directions", ha="center", va="top",
+              fontsize=11, color="#555753")  # fmt: skip
+    axes.text(x - 2.2, -2.0, "response: GRU, one word after another", ha="center", va="top", fontsize=11,
+              color="#555753")  # fmt: skip
+    axes.set(xlim=(-0.9, x + 1.2), ylim=(-2.4, 5.1))
     return figure
 
 
@@ -95,7 +105,7 @@ def pictures(run: Run) -> dict[str, plt.Figure]:
     )
     parts = {name: pd.DataFrame(profile[name]).T["ms"] for name in ("before", "after")}
     return {
-        "architecture": architecture(),
+        "architecture": architecture(bot),
         "training_curves": plots.training_curves(read_metrics(run)),
         "attention": plots.attention(query, said, weights.numpy()).figure,
         "compare": plots.compare(result("compare-cornell_excerpt.json")["models"]),
