@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 import uuid
 import warnings
@@ -183,7 +184,7 @@ def open_study(run: Run, name: str, storage: str = "", create: bool = False) -> 
 
     With `create` it is made if it is not there. Raises UserError if it cannot be opened, and for a spoilt journal.
     """
-    where = storage or shown(run.sweep)
+    where = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", storage) or shown(run.sweep)  # without the password
     kinds = (ImportError, OSError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
     with refusing(f"The sweep's storage {where} cannot be opened", "Mend that, or use another one.", *kinds):
         if storage:  # several machines: Optuna's heartbeat tells which trials lost their worker

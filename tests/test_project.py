@@ -16,8 +16,9 @@ from helpers.run import ROOT
 
 # A file imports from the floors before its own only.
 FLOORS = [
-    {"settings", "text", "tracking", "plots", "stepwise"},
-    {"run"},
+    {"settings"},
+    {"text", "tracking", "plots"},
+    {"stepwise", "run"},
     {"sample"},
     {"corpus"},
     {"batches"},
@@ -45,12 +46,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "helpers").glob("*.py")), ids=lambda path: path.stem)
 def test_imports_point_one_way(path):
-    if path.stem == "__init__":
-        return
-    first = (
-        {"settings"} if path.stem in ("text", "tracking") else {"text"} if path.stem == "stepwise" else set()
-    )  # errors and ids
-    for name in imported(path) - first:
+    for name in imported(path):
         assert FLOOR[name] < FLOOR[path.stem], f"{path.stem} imports {name}"
 
 

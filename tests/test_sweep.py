@@ -323,3 +323,32 @@ def test_bad_input_is_one_sentence(arguments, word, tmp_path, capsys):
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
     assert word in error
+
+
+def test_an_online_sweep_takes_no_number_of_trials_and_no_database(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("helpers.tracking.logged_in", lambda: True)
+    arguments = ["sweep", str(ROOT / "notebooks" / "sweep.yaml"), "--run", str(tmp_path)]
+    assert main([*arguments, "--trials", "3"]) == 1
+    assert "run_cap" in capsys.readouterr().err
+    assert main([*arguments, "--wandb", "online", "--storage", "sqlite:///:memory:"]) == 1
+    assert "--wandb offline" in capsys.readouterr().err
+
+
+def test_an_online_worker_leaves_other_data_alone(tmp_path, corpus_folder, prepared, monkeypatch, capsys):
+    agents = []
+    monkeypatch.setattr("helpers.tracking.run_agent", lambda *what: agents.append(what))
+    monkeypatch.setattr("helpers.batches.DATA", tmp_path)
+    run = Run(tmp_path / "run")
+    prepared.save(run.data)
+    before = run.data.read_bytes()
+    arguments = ["sweep-worker", "p/id", "--run", str(run.folder), "--wandb", "online", "--corpus", str(corpus_folder)]
+    assert main([*arguments, "--set", "min_count=7"]) == 1
+    assert "the sweep's own" in capsys.readouterr().err
+    assert run.data.read_bytes() == before
+    assert agents == []
+
+
+def test_a_password_is_not_shown(tmp_path):
+    with pytest.raises(UserError, match="cannot be opened") as error:
+        open_study(Run(tmp_path), "a", "postgresql://user:secret@127.0.0.1:1/none")
+    assert "secret" not in str(error.value)
