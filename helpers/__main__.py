@@ -87,7 +87,7 @@ def latency(options: argparse.Namespace) -> None:
     from helpers.latency import as_table, report
 
     result = report(options.run, options.device, [1, 8, 64], 500, 100, full=True)
-    print(as_table(result["rows"]).to_string(index=False, float_format="{:.2f}".format))
+    print(as_table(result["rows"]).to_string(index=False, float_format="{:.2f}".format, na_rep=""))
     print("\n".join(f"left out: {name}: {reason}" for name, reason in result["left out"].items()))
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     if options.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import optuna
@@ -16,6 +17,8 @@ from helpers.run import Run, machine, write_json, write_text
 from helpers.settings import Settings
 from helpers.sweep import LOSS, best_settings, seeds_table, space_of, trial_table
 from helpers.training import evaluate, new_model
+
+FEWEST = 5  # trials with one value, below which resampling them tells nothing
 
 
 def importance(table: pd.DataFrame, spec: dict, seed: int = 0) -> pd.DataFrame:
@@ -68,27 +71,32 @@ def importance_intervals(table: pd.DataFrame, spec: dict, draws: int) -> pd.Data
 def effects(table: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
     """For each parameter its best and worst value, by how much their mean losses differ, and how sure that is.
 
-    `low` and `high` bound the difference in 95% of draws of the trials with replacement. `p` is the share of
-    shufflings of the losses that set the values' means as far apart as they are: a parameter without any effect
-    comes out below 0.05 once in twenty. The two values were picked for being apart, so the difference errs on the
-    large side, which `p` does not. Numbers from a range count by terciles.
+    `n` is how many trials had the rarer of the two values. `low` and `high` bound the difference in 95% of draws of the
+    trials with replacement, and are missing where `n` is below 5, since so few draws are too much alike. `p` is the
+    share of shufflings of the losses that set the means of all values as far apart as they are: a parameter without
+    any effect comes out below 0.05 once in twenty. The two values were picked for being apart, so the difference and
+    its bounds err on the large side, which `p` does not. Numbers from a range count by terciles.
     """
     table, rows = table.dropna(subset=[LOSS]), []
     for name in parameters:
-        values = pd.qcut(table[name], 3).astype(str) if table[name].nunique() > 5 else table[name]
-        groups = {value: losses for value, losses in table[LOSS].groupby(values) if len(losses) > 1}
+        values = table[name]
+        if values.nunique() > 5:
+            values = pd.qcut(values, 3).map(lambda third: f"{third.left:.3g} to {third.right:.3g}")
+        groups = {value: losses for value, losses in table[LOSS].groupby(values, observed=True) if len(losses) > 1}
         if len(groups) < 2:
             continue
         best, worst = (pick(groups, key=lambda value: groups[value].mean()) for pick in (min, max))
         pair = (groups[worst].to_numpy(), groups[best].to_numpy())
-        interval = stats.bootstrap(pair, _difference, method="percentile", random_state=0).confidence_interval
+        bounds, fewest = (math.nan, math.nan), min(map(len, pair))
+        if fewest >= FEWEST:
+            bounds = stats.bootstrap(pair, _difference, method="percentile", random_state=0).confidence_interval
         shuffled = stats.permutation_test(
             [losses.to_numpy() for losses in groups.values()], _between, alternative="greater", random_state=0,
-            n_resamples=2000,
+            n_resamples=9999,
         )  # fmt: skip
         rows.append({
-            "parameter": name, "best": str(best), "worst": str(worst), "difference": _difference(*pair),
-            "low": interval.low, "high": interval.high, "p": shuffled.pvalue,
+            "parameter": name, "best": str(best), "worst": str(worst), "n": fewest,
+            "difference": _difference(*pair), "low": bounds[0], "high": bounds[1], "p": shuffled.pvalue,
         })  # fmt: skip
     return pd.DataFrame(rows)
 

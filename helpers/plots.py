@@ -204,12 +204,17 @@ def parallel_coordinates(table: pd.DataFrame, parameters: list[str], loss: str =
 
 
 def losses_by_value(table: pd.DataFrame, parameters: list[str], loss: str = "validation loss") -> Figure:
-    """One panel a parameter: the loss of every trial at the value it had, and a bar at the value's mean."""
-    table = table.dropna(subset=[loss])
+    """One panel a parameter: the loss of every trial at the value it had, and a bar at the value's mean.
+
+    Within a value the trials stand side by side in an order by chance: sorted ones would look like a trend.
+    """
+    table = table.dropna(subset=[loss]).sample(frac=1, random_state=0)
     figure, panels = plt.subplots(1, len(parameters), figsize=(1.9 * len(parameters), 3.2), sharey=True, squeeze=False)
     for axes, name in zip(panels[0], parameters, strict=True):
-        values = pd.qcut(table[name], 3).astype(str) if table[name].nunique() > 6 else table[name]
-        groups = list(table[loss].groupby(values))
+        values = table[name]
+        if values.nunique() > 6:
+            values = pd.qcut(values, 3).map(lambda third: f"{third.left:.3g} to {third.right:.3g}")
+        groups = list(table[loss].groupby(values, observed=True))
         for place, (_, losses) in enumerate(groups):
             spread = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
             axes.plot(place + spread, losses, "o", color=GREY, markersize=3, alpha=0.7)

@@ -20,7 +20,12 @@ from helpers.run import timings
 
 PARTS = ("embed", "encode", "attend", "decode", "project", "loss", "backward", "optimiser")
 # Operators that move no data: they only describe a tensor anew, or ask for memory.
-VIEWS = {"as_strided", "view", "_unsafe_view", "_reshape_alias", "detach", "empty", "empty_strided", "resize_", "alias"}
+VIEWS = {
+    "as_strided", "view", "_unsafe_view", "_reshape_alias", "detach", "empty", "empty_strided", "resize_", "alias",
+    "resolve_conj", "resolve_neg",
+}  # fmt: skip
+# Of the others those move data that call no further ones, and these, which call such as only prepare.
+MOVERS = {"mm", "addmm", "bmm", "baddbmm", "index_select", "cat"}
 
 
 def profiled(
@@ -105,7 +110,8 @@ def part_table(prof: profile, steps: int = 5) -> pd.DataFrame:
     megabytes moved. An operator counts for the innermost part around it.
 
     GFLOP are the profiler's own count (matrix products and the like). Megabytes are what operators read and write if
-    nothing stays in a cache: the size of their inputs, taken as 4 bytes a number, and what they allocate.
+    nothing stays in a cache: the size of their inputs, taken as 4 bytes a number, and what they allocate. Of a table
+    that it looks rows up in, an operator reads these rows alone.
     """
     events = [event for event in prof.events() if event.device_type == DeviceType.CPU]
     main = {event.thread for event in events if event.name.startswith("ProfilerStep")}
@@ -119,8 +125,7 @@ def part_table(prof: profile, steps: int = 5) -> pd.DataFrame:
             part, above = (above.name if above.name in PARTS else None), above.cpu_parent
         if part is None:  # on a GPU, autograd calls the backward operators from a thread of its own
             part = "other" if event.thread in main else "backward"
-        moves = not label and not event.cpu_children and event.name.removeprefix("aten::") not in VIEWS
-        moved = 4 * _numbers(event.input_shapes) + max(event.self_cpu_memory_usage, 0) if moves else 0
+        moved = 0 if label else _bytes(event)
         taken = event.self_cpu_time_total / 1e3
         rows.append({
             "part": part, "calls": event.name.startswith("aten::"), "ms": taken, "Python ms": taken if label else 0,
@@ -130,6 +135,17 @@ def part_table(prof: profile, steps: int = 5) -> pd.DataFrame:
     if ProfilerActivity.CUDA not in prof.activities:
         table = table.drop(columns="GPU ms")
     return table.reindex([part for part in (*PARTS, "other") if part in table.index])
+
+
+def _bytes(event) -> int:
+    """What an operator itself reads and writes."""
+    name, shapes = event.name.removeprefix("aten::"), event.input_shapes
+    if name in VIEWS or (event.cpu_children and name not in MOVERS):
+        return 0
+    result = max(event.cpu_memory_usage, 0)
+    if name == "index_select" and shapes:
+        return 2 * result + 4 * _numbers(shapes[1:])
+    return 4 * _numbers(shapes) + result
 
 
 def _numbers(shapes) -> int:
@@ -156,9 +172,10 @@ def bounds(quick: pd.DataFrame, detailed: pd.DataFrame, peaks: dict[str, float])
 
     `quick` is the part table of a profile without detail, whose times are close to the real
     ones. compute and memory are the times needed at the machine's peaks, as shares of the time
-    taken (above 1, bytes came from a cache); overhead is the time of the calls at the price of
-    the smallest, and of Python between them. What is missing to 1 are operators too small to
-    reach a peak; where all are below 0.2, nothing is called the bound.
+    taken (above 1, bytes came from a cache, or a large copy is no ceiling); overhead is the time
+    of the calls at the price of the smallest, and of Python between them. The three are estimates
+    and overlap, so they are no parts of a whole; where all are below 0.2, nothing is called the
+    bound.
     """
     time = "GPU ms" if "GPU ms" in quick else "ms"
     table = pd.DataFrame({"ms": quick[time], "calls": detailed["calls"]})

@@ -426,9 +426,9 @@ def best_settings(study: optuna.Study) -> Settings:
 
 
 def write_profile(path: Path, study: optuna.Study) -> None:
-    """The best settings as a profile, to train with `--profile PATH`."""
-    settings = {k: v for k, v in best_settings(study).to_dict().items() if v != getattr(Settings, k)}
-    best = study.best_trial
+    """The best settings as a profile, to train with `--profile PATH`: what the trial chose, and what is no default."""
+    settings, best = best_settings(study).to_dict(), study.best_trial
+    settings = {k: v for k, v in settings.items() if k in best.params or v != getattr(Settings, k)}
     head = f"# The best of {len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}, "
     write_text(path, f"{head}{LOSS} {best.value:.4f}.\n{yaml.safe_dump(settings, sort_keys=False)}")
 
@@ -436,9 +436,10 @@ def write_profile(path: Path, study: optuna.Study) -> None:
 def seeds_table(
     run: Run, prepared: Prepared, choices: dict[str, Settings], seeds: int, device: torch.device
 ) -> pd.DataFrame:
-    """The validation loss of several settings at equal updates, each trained with the seeds 1 to `seeds`."""
-    rows = []
-    for seed, (name, settings) in itertools.product(range(1, seeds + 1), choices.items()):
+    """The validation loss of several settings at equal updates, each trained with `seeds` seeds that none of them has:
+    with the sweep's own, the best trial would only show once more what it was picked for."""
+    rows, first = [], max(settings.seed for settings in choices.values()) + 1
+    for seed, (name, settings) in itertools.product(range(first, first + seeds), choices.items()):
         folder = Run(run.sweep / "seeds" / f"{name.replace(' ', '-')}-{seed}")
         settings = settings.change(seed=seed)
         rows.append({

@@ -56,6 +56,17 @@ def test_effects_are_sure_of_what_is_there_and_not_of_what_is_not():
     assert told.loc["clip", "low"] < told.loc["clip", "difference"] < told.loc["clip", "high"]
 
 
+def test_too_few_trials_have_no_bounds():
+    trials = table()
+    few = pd.concat([trials[trials["clip"] == 25][:4], trials[trials["clip"] == 50]])
+    told = effects(few, ["clip", "optimizer"]).set_index("parameter")
+    assert told.loc["clip", "n"] == 4
+    assert np.isnan(told.loc["clip", ["low", "high"]].astype(float)).all()
+    assert 0 < told.loc["clip", "p"] <= 1
+    assert told.loc["optimizer", "n"] >= 5
+    assert told.loc["optimizer", "low"] < told.loc["optimizer", "high"]
+
+
 def test_a_range_counts_by_terciles():
     trials = table().assign(dropout=np.linspace(0, 0.5, 60))
     trials["validation loss"] = trials["dropout"]

@@ -83,6 +83,11 @@ def test_a_table_has_a_row_a_variant_and_batch_size(bot):
     assert (timed["vs textbook"][timed["variant"] == "textbook"] == 1).all()
     assert set(left_out) == {"torch.compile", "AOTInductor", "CUDA graphs", "CUDA graphs bf16"}
     assert "CUDA device" in left_out["CUDA graphs"]
+    shown = latency.as_table(rows.to_dict("records")).set_index("variant")
+    assert shown.loc["TorchScript", "perplexity"].isna().all()  # it is eager's
+    assert shown.loc["eager", "perplexity"].notna().all()
+    assert (shown["wait ms"] == shown["p50 ms"] * shown["batch"])["eager"].all()
+    assert shown.loc["eager", "parity"].str.fullmatch(r"(\d+)/\1").all()
 
 
 def test_a_variant_that_answers_otherwise_is_reported_and_not_timed(bot, monkeypatch):

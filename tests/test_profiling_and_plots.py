@@ -70,6 +70,20 @@ def test_operators_stand_under_the_part_that_called_them(training_profiles):
     assert 0 < table["Python ms"].sum() < table["ms"].sum()
 
 
+def test_bytes_are_what_products_and_lookups_read_and_write():
+    a, table, rows = torch.ones(64, 32), torch.ones(1000, 32), torch.arange(10)
+    bias, weights = torch.ones(16), torch.ones(32, 16)
+
+    def moved(work):
+        return part_table(profiled(work, CPU, 2), 2)["MB"].sum() * 1e6 / 4  # as numbers
+
+    assert moved(lambda: a.T @ a) == pytest.approx(2 * 64 * 32 + 32 * 32)
+    bias_first = 16 + 2 * 64 * 16  # the bias is written into the result before the product is added there
+    product = 16 + 64 * 32 + 32 * 16 + 64 * 16
+    assert moved(lambda: torch.addmm(bias, a, weights)) == pytest.approx(product + bias_first, rel=0.1)
+    assert moved(lambda: table.index_select(0, rows)) == pytest.approx(2 * 10 * 32 + 10)
+
+
 def test_labels_are_gone_after_the_block(prepared):
     model = new_model(TINY, len(prepared.vocabulary))
     with labelled(model):

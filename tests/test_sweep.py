@@ -7,13 +7,24 @@ import time
 
 import optuna
 import pytest
+import yaml
 from wandb.sdk.launch.sweeps import utils as agent
 
 import helpers.sweep
 from helpers.__main__ import main
 from helpers.run import ROOT, Run
 from helpers.settings import Settings, UserError, load_profile
-from helpers.sweep import join_sweep, open_study, planned, read_sweep, run_sweep, trial_table, write_profile
+from helpers.sweep import (
+    best_settings,
+    join_sweep,
+    open_study,
+    planned,
+    read_sweep,
+    run_sweep,
+    seeds_table,
+    trial_table,
+    write_profile,
+)
 from tests.conftest import CPU, TINY
 
 HEAD = "method: random\nmetric: {name: validation_loss, goal: minimize}\nparameters:\n"
@@ -150,6 +161,16 @@ def test_hyperband_stops_a_trial_that_is_behind(tmp_path, prepared):
     study = run_sweep(Run(tmp_path / "run"), prepared, base, spec, 2, "off")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
     assert trial_table(study)["validation loss"].notna().sum() == 1
+
+
+def test_the_best_is_trained_anew_with_seeds_that_the_sweep_did_not_have(tmp_path, prepared):
+    run, spec = Run(tmp_path / "run"), spec_of(tmp_path, HEAD + "  clip: {value: 50.0}\n")
+    study = run_sweep(run, prepared, BASE, spec, 1, "off")
+    write_profile(tmp_path / "best.yaml", study)
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["clip"] == 50.0  # though it may be the default
+    found = seeds_table(run, prepared, {"start": BASE, "best": best_settings(study)}, 2, CPU)
+    assert sorted(found["seed"]) == [BASE.seed + 1] * 2 + [BASE.seed + 2] * 2
+    assert found["validation loss"].nunique() == 2  # here both are the same settings
 
 
 def test_a_sweep_without_a_finished_trial_says_so(tmp_path, prepared):
