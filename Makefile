@@ -118,8 +118,8 @@ sweep-worker: | $(INSTALLED) ## joins a running sweep: SWEEP=id, as 'make sweep'
 sweep-best: | $(INSTALLED) ## a sweep's best settings as a profile, runs/sweep/best.yaml: SWEEP=id
 	@cd $(ROOT) && $(PY) -m helpers best '$(SWEEP)' --run '$(SWEEP_FOLDER)' $(STORAGE:%=--storage '%')
 
-profile: | $(INSTALLED) $(KERNEL) ## notebook 06 alone, on an existing checkpoint: RUN=name DEVICE=cuda
-	@$(EXECUTE) $(ROOT)notebooks/06_profiling.ipynb $(FOLDER)/notebooks/06_profiling.ipynb $(PARAMETERS)
+profile: | $(INSTALLED) $(KERNEL) ## notebook 06 alone on an existing checkpoint, its tables into results/: RUN=name DEVICE=cuda
+	@$(EXECUTE) $(ROOT)notebooks/06_profiling.ipynb $(FOLDER)/notebooks/06_profiling.ipynb -p full true $(PARAMETERS)
 
 latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone with its whole table, into results/: RUN=name DEVICE=cuda
 	@$(EXECUTE) $(ROOT)notebooks/07_torchscript_and_latency.ipynb $(FOLDER)/notebooks/07_torchscript_and_latency.ipynb \

@@ -116,10 +116,12 @@ def profile(found: dict) -> str:
     ]
     total = found["milliseconds"]
     rows.append(["**whole step**", f"{total['before']:.0f}", f"{total['after']:.0f}", ""])
+    peaks = f"{found['peaks']['GFLOP/s']:.0f} GFLOP/s and {found['peaks']['GB/s']:.0f} GB/s"
     return f"""{table(["part", "stepwise ms", "whole sequence ms", "bound by"], rows)}
 
-`make profile` on a model of the classic size in fp32; this machine's measured peaks are
-{found["peaks"]["GFLOP/s"]:.0f} GFLOP/s and {found["peaks"]["GB/s"]:.0f} GB/s. {device(found["machine"])}."""
+`make profile RUN=classic`, on a model of the classic size in fp32 (`python -m helpers train --run runs/classic
+--corpus … --profile classic --set updates=1 precision=fp32`). Peaks measured in the same run: {peaks}.
+{device(found["machine"])}."""
 
 
 def bench(found: dict) -> str:
