@@ -106,6 +106,25 @@ def test_a_parameter_that_no_notebook_has_is_refused(tmp_path):
     assert not (tmp_path / "out.ipynb").exists()
 
 
+def test_a_parameter_keeps_its_type(tmp_path):
+    notebook = nbformat.v4.new_notebook()
+    tagged = nbformat.v4.new_code_cell('tracking = "offline"')
+    tagged.metadata.tags = ["parameters"]
+    notebook.cells = [tagged, nbformat.v4.new_code_cell('assert tracking == "off"')]
+    source = tmp_path / "typed.ipynb"
+    nbformat.write(notebook, source)
+    command = [
+        sys.executable,
+        ROOT / "tools" / "run_notebook.py",
+        source,
+        tmp_path / "out.ipynb",
+        "-p",
+        "tracking",
+        "off",
+    ]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [nbformat.v4.new_markdown_cell("one"), nbformat.v4.new_code_cell("1 / 0")]

@@ -67,7 +67,10 @@ def main() -> int:
     except Exception as error:
         print(f"{options.source} is not a notebook: {error}", file=sys.stderr)
         return 1
-    parameters = {name: yaml.safe_load(value) for name, value in options.parameters}
+    own = declared(options.source)
+    parameters = {  # off is no False where the notebook's own value is a text
+        name: value if isinstance(own.get(name), str) else yaml.safe_load(value) for name, value in options.parameters
+    }
     problem = run(options.source, options.target, parameters, options.timeout)
     if problem:
         print(f"{options.source.name} failed: {problem}", file=sys.stderr)
