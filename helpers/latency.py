@@ -30,7 +30,7 @@ PERPLEXITY_OFF, EQUAL_REPLIES = 0.01, 0.9  # what a lossy variant may change at 
 TURN, CALLS = 5, 15  # calls of one search in a row, and the fewest that are timed in all
 BLOCK = 5  # decoding steps in one CUDA graph
 # The size of the classic tutorial, which most readers' own figures are about.
-CLASSIC = Settings(embedding_size=500, hidden_size=500, layers=2, attention="dot", tie_weights=False)
+CLASSIC = Settings(embedding_size=500, hidden_size=500, layers=2, attention="dot", tie_weights=False, clip=0.0)
 CLASSIC_WORDS, CLASSIC_REPLY, CLASSIC_UPDATES = 7_800, 10, 150
 
 
