@@ -45,7 +45,7 @@ def run(source: Path, target: Path, parameters: dict[str, object], timeout: int 
     partial = target.with_name(target.stem + ".partial.ipynb")
     try:
         papermill.execute_notebook(
-            str(source), str(partial), chosen, kernel_name="python3", cwd=str(ROOT / "notebooks"),
+            str(source), str(partial), chosen, kernel_name="python3", language="python", cwd=str(ROOT / "notebooks"),
             progress_bar=False, execution_timeout=timeout,
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
