@@ -35,9 +35,10 @@ KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
 export WANDB_SILENT := true
 
 NAMES := 01_data_preparation 02_model 03_training 04_decoding_and_chat 05_hyperparameter_sweep 06_profiling \
-         07_torchscript_and_latency solutions
+         07_torchscript_and_latency
 FOLDER := $(ROOT)runs/$(RUN)
 DONE := $(NAMES:%=$(FOLDER)/notebooks/%.ipynb)
+SOLVED := $(FOLDER)/notebooks/solutions.ipynb
 HELPERS := $(wildcard $(ROOT)helpers/*.py)
 SETTINGS := corpus=$(SOURCE) profile=$(PROFILE) device=$(DEVICE) params=$(PARAMS)
 STAMP := $(FOLDER)/.settings
@@ -58,7 +59,7 @@ help: ## this list
 	@echo "  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=sample|cornell|classic  DEVICE=auto|cpu|cuda"
 	@echo "  PARAMS=\"-p name value\" reaches the notebooks; PYTHON=python3 VENV= uses that interpreter as it is."
 
-run-all: $(DONE) ## notebooks 01 to 07 in order, then the solutions; executed copies and all results in runs/NAME
+run-all: $(DONE) ## notebooks 01 to 07 in order; executed copies and all results in runs/NAME
 	@echo "Done: runs/$(RUN) holds the executed notebooks, the checkpoint, figures and tables."
 
 # Each notebook needs its source, the helpers, the settings and the notebook before it.
@@ -69,7 +70,7 @@ $(FOLDER)/notebooks/$(1).ipynb: $(ROOT)notebooks/$(1).ipynb $(HELPERS) $(wildcar
 	@$(EXECUTE) $$< $$@ $(PARAMETERS)
 endef
 previous :=
-$(foreach name,$(NAMES),$(eval $(call notebook,$(name),$(previous)))$(eval previous := $(name)))
+$(foreach name,$(NAMES) solutions,$(eval $(call notebook,$(name),$(previous)))$(eval previous := $(name)))
 
 # Rewritten only when the settings differ from those of the last run, so that these never find an old run current.
 $(STAMP): FORCE
@@ -143,11 +144,11 @@ bench: | $(INSTALLED) ## this project against the textbook way, side by side: re
 lab: | $(INSTALLED) ## JupyterLab at notebook 01
 	@cd $(ROOT)notebooks && env -u IPYTHONDIR $(PY) -m jupyterlab 01_data_preparation.ipynb
 
-html: run-all ## executed notebooks as pages in runs/NAME/html, formulas readable offline
-	@$(PY) $(ROOT)tools/make_pages.py '$(FOLDER)/html' $(DONE)
+html: run-all $(SOLVED) ## executed notebooks and solutions as pages in runs/NAME/html, formulas readable offline
+	@$(PY) $(ROOT)tools/make_pages.py '$(FOLDER)/html' $(DONE) $(SOLVED)
 
-outputs: run-all ## the committed notebooks' outputs from a default run
-	@for name in $(NAMES); do cp "$(FOLDER)/notebooks/$$name.ipynb" "$(ROOT)notebooks/$$name.ipynb"; done
+outputs: run-all $(SOLVED) ## the committed notebooks' outputs from a default run
+	@for name in $(NAMES) solutions; do cp "$(FOLDER)/notebooks/$$name.ipynb" "$(ROOT)notebooks/$$name.ipynb"; done
 	@cd $(ROOT)notebooks && $(PY) -m nbstripout --keep-output --keep-count --extra-keys "metadata.papermill \
 	    metadata.language_info cell.metadata.papermill cell.metadata.execution" $(NAMES:%=%.ipynb)
 	@cd $(ROOT)notebooks && touch -r '$(STAMP)' $(NAMES:%=%.ipynb)
