@@ -110,8 +110,9 @@ def zeroed_clip(table: pd.DataFrame, untrained: float) -> pd.DataFrame:
 def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torch.device) -> None:
     """Write what a sweep showed: all trials to TARGET.csv, and to TARGET.json the rest.
 
-    That is importance by all measures, for all trials and for those of the best trial's optimiser; what clip=0 taken
-    literally would have made of it; and the best settings against the starting point at equal updates.
+    That is importance by all measures, for all trials and for those of the best trial's optimiser, where trials that
+    ended at the very same loss (a clip that never acted leaves such copies) count once; what clip=0 taken literally
+    would have made of it; and the best settings against the starting point at equal updates.
     """
     table, spec, base = trial_table(study), study.user_attrs["spec"], Settings(**study.user_attrs["base"])
     prepared = Prepared.load(run.sweep / study.study_name / "data.pt")
@@ -119,7 +120,7 @@ def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torc
     validation = prepared.splits["validation"].to(device)
     untrained = evaluate(new_model(base, len(prepared.vocabulary)).to(device), validation).per_token
     kind = study.best_trial.params.get("optimizer")
-    alone = table[table["optimizer"] == kind] if kind else table[:0]
+    alone = table[table["optimizer"] == kind].drop_duplicates(LOSS) if kind else table[:0]
     parts = {"all trials": table} | ({f"{kind} alone": alone} if len(alone) >= 10 else {})
     overhead = table["seconds"] - table["updating"]
     told = {

@@ -313,8 +313,8 @@ def test_two_agents_of_the_file_s_command_do_not_collide(tmp_path, prepared):
 
 def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, capsys):
     choices = "  learning_rate: {values: [0.0001, 0.01]}\n  optimizer: {values: [adam, sgd]}\n"
-    run, spec = Run(tmp_path / "run"), spec_of(tmp_path, HEAD + choices + "  clip: {values: [0, 1, 2]}\n")
-    study = run_sweep(run, prepared, BASE, spec, 12, "off")
+    run, spec = Run(tmp_path / "run"), spec_of(tmp_path, HEAD + choices + "  clip: {values: [0, 1e4, 2e4, 3e4, 4e4]}\n")
+    study = run_sweep(run, prepared, BASE, spec, 20, "off")
     target = tmp_path / "results" / "sweep"
     profile = str(run.folder / "best.yaml")
     arguments = ["--run", str(run.folder), "--results", str(target), "--seeds", "1"]
@@ -322,9 +322,10 @@ def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, cap
     assert load_profile(profile) == BASE.change(**study.best_trial.params)
     assert profile in capsys.readouterr().out
     told = json.loads(target.with_suffix(".json").read_text())
-    assert told["states"] == {"complete": 12}
+    assert told["states"] == {"complete": 20}
+    assert list(told["importance"]) == ["all trials"]  # the ten of one optimiser are copies of two: no clip acted
     assert {row["settings"] for row in told["seeds"]} == {"starting point", "best of the sweep"}
-    assert len(target.with_suffix(".csv").read_text().splitlines()) == 13
+    assert len(target.with_suffix(".csv").read_text().splitlines()) == 21
     assert Settings(**told["starting point"]) == BASE
 
 

@@ -95,13 +95,14 @@ def sweep() -> str:
         ]
         for name in everything
     ]
-    header = ["parameter", "fANOVA", "PED-ANOVA", "random forest", "fANOVA, Adam's trials alone"]
+    header = ["parameter", "fANOVA", "PED-ANOVA", "random forest", "fANOVA, Adam alone"]
     return f"""{table(header, rows)}
 
 Shares of the variation of the validation loss over {found["states"]["complete"]} random trials of
 {found["starting point"]["updates"]} updates on an excerpt of the Cornell corpus: `make sweep CORPUS=…`,
 `make sweep-worker SWEEP=id`, then
-`python -m helpers best ID --run runs/sweep --results results/sweep-excerpt`. {device(found["machine"])}."""
+`python -m helpers best ID --run runs/sweep --results results/sweep-excerpt`. In the last column, Adam's trials that
+trained to the very same loss count once; notebook 05 says how sure its shares are. {device(found["machine"])}."""
 
 
 def profile(found: dict) -> str:
