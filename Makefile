@@ -36,6 +36,7 @@ export WANDB_SILENT := true
 
 NAMES := 01_data_preparation 02_model 03_training 04_decoding_and_chat 05_hyperparameter_sweep 06_profiling \
          07_torchscript_and_latency
+ALL := $(NAMES) solutions
 FOLDER := $(ROOT)runs/$(RUN)
 DONE := $(NAMES:%=$(FOLDER)/notebooks/%.ipynb)
 SOLVED := $(FOLDER)/notebooks/solutions.ipynb
@@ -70,7 +71,7 @@ $(FOLDER)/notebooks/$(1).ipynb: $(ROOT)notebooks/$(1).ipynb $(HELPERS) $(wildcar
 	@$(EXECUTE) $$< $$@ $(PARAMETERS)
 endef
 previous :=
-$(foreach name,$(NAMES) solutions,$(eval $(call notebook,$(name),$(previous)))$(eval previous := $(name)))
+$(foreach name,$(ALL),$(eval $(call notebook,$(name),$(previous)))$(eval previous := $(name)))
 
 # Rewritten only when the settings differ from those of the last run, so that these never find an old run current.
 $(STAMP): FORCE
@@ -148,7 +149,7 @@ html: run-all $(SOLVED) ## executed notebooks and solutions as pages in runs/NAM
 	@$(PY) $(ROOT)tools/make_pages.py '$(FOLDER)/html' $(DONE) $(SOLVED)
 
 outputs: run-all $(SOLVED) ## the committed notebooks' outputs from a default run
-	@for name in $(NAMES) solutions; do cp "$(FOLDER)/notebooks/$$name.ipynb" "$(ROOT)notebooks/$$name.ipynb"; done
+	@for name in $(ALL); do cp "$(FOLDER)/notebooks/$$name.ipynb" "$(ROOT)notebooks/$$name.ipynb"; done
 	@cd $(ROOT)notebooks && $(PY) -m nbstripout --keep-output --keep-count --extra-keys "metadata.papermill \
-	    metadata.language_info cell.metadata.papermill cell.metadata.execution" $(NAMES:%=%.ipynb)
-	@cd $(ROOT)notebooks && touch -r '$(STAMP)' $(NAMES:%=%.ipynb)
+	    metadata.language_info cell.metadata.papermill cell.metadata.execution" $(ALL:%=%.ipynb)
+	@cd $(ROOT)notebooks && touch -r '$(STAMP)' $(ALL:%=%.ipynb)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 
 from helpers.run import ROOT
@@ -21,7 +22,7 @@ esac
 
 @pytest.fixture
 def make(tmp_path):
-    """A function that calls make run-all in a copy of the project and returns which notebooks it ran (two letters)."""
+    """A function that calls make in a copy of the project and returns which notebooks it ran (two letters)."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     shutil.copy(ROOT / "Makefile", tmp_path)
@@ -31,10 +32,10 @@ def make(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
 
-    def call(*arguments: str, fail: str = "no such notebook", status: int = 0) -> list[str]:
+    def call(*arguments: str, goal: str = "run-all", fail: str = "no such notebook", status: int = 0) -> list[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         done = subprocess.run(
-            ["make", "run-all", "VENV=", f"PYTHON={stub}", *arguments],
+            ["make", goal, "VENV=", f"PYTHON={stub}", *arguments],
             cwd=tmp_path, env=environment | {"FAIL": fail}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == status or (status and done.returncode), done.stderr
@@ -76,3 +77,14 @@ def test_a_run_and_a_profile_are_named_by_the_corpus(make):
 def test_a_failing_notebook_ends_the_run_and_is_run_again(make):
     assert make(fail="03_", status=2) == ALL[:3]
     assert make() == ALL[2:]
+
+
+def test_outputs_are_kept_without_times_and_paths(make):
+    for path in make.folder.glob("notebooks/*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata["papermill"] = {"output_path": str(path)}
+        nbformat.write(notebook, path)
+    assert make(goal="outputs") == [*ALL, "so"]
+    for path in make.folder.glob("notebooks/*.ipynb"):
+        assert str(make.folder) not in path.read_text(encoding="utf-8")
+    assert make(goal="outputs") == []

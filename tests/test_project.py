@@ -70,6 +70,7 @@ def test_a_notebook_is_whole(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert "papermill" not in json.dumps(notebook.metadata), "run 'make outputs'"
     assert all(cell.execution_count for cell in code), "run 'make outputs'"
     for cell in code:
         for output in cell.outputs:
