@@ -35,19 +35,22 @@ def summary() -> str:
     models = result("compare-cornell_excerpt.json")["models"]
     classic, cornell = models["classic"], models["cornell"]
     nats = [f"{model['short']['nats per response']:.1f}" for model in (classic, cornell)]
-    same = [classic["decoders"]["greedy"]["commonest share"], cornell["decoders"]["mmi"]["commonest share"]]
+    same = [f"{model['decoders'][decoder]['commonest share']:.0%}"
+            for model, decoder in ((cornell, "mmi"), (classic, "greedy"), (cornell, "greedy"))]  # fmt: skip
     tokens = {way: statistics.median(rates["tokens"]) for way, rates in result("bench-cpu.json")["training"].items()}
     faster = {way: f"{tokens[way] / tokens['textbook']:.2f}" for way in ("fp32", "bf16")}
     rows = result("latency-cpu.json")["rows"]
     classics = [row for row in rows if row["model"].startswith("classic") and row["batch"] == 1 and row["parity"]]
     textbook, fastest = classics[0], min(classics, key=lambda row: row["p50 ms"])
     first = result("sweep-excerpt.json")["importance"]["all trials"][0]
-    return f"""- **Talks better**: a held-out response costs {nats[1]} nats, the classic recipe's model {nats[0]}; the
-  commonest of 500 replies is {same[1]:.0%} of them instead of {same[0]:.0%}.
+    explained = first["correlation"] ** 2
+    return f"""- **Talks better**: a held-out response costs {nats[1]} nats, the classic recipe's model {nats[0]}.
+  Of 500 replies the commonest makes up {same[0]} with our decoder, *mmi*, and {same[1]} with the classic's, greedy
+  search (with which ours would have {same[2]}).
 - **Trains faster** than the textbook way: {faster["fp32"]}× in fp32 and {faster["bf16"]}× in bf16 on a CPU.
 - **Answers faster**: {fastest["p50 ms"]:.1f} ms a reply with {fastest["variant"]} at the classic size, the textbook way
   {textbook["p50 ms"]:.1f} ms ({fastest["vs textbook"]:.1f}×).
-- **What mattered** in the sweep: the {first["parameter"]}, with {first["fANOVA"]:.0%} of the loss's variation."""
+- **What mattered** in the sweep: the {first["parameter"]}, which explains {explained:.0%} of the loss's variance."""
 
 
 def quality() -> str:
@@ -98,9 +101,9 @@ def sweep() -> str:
     header = ["parameter", "fANOVA", "PED-ANOVA", "random forest", "fANOVA, Adam alone"]
     return f"""{table(header, rows)}
 
-Shares of the variation of the validation loss over {found["states"]["complete"]} random trials of
-{found["starting point"]["updates"]} updates on an excerpt of the Cornell corpus: `make sweep CORPUS=…`,
-`make sweep-worker SWEEP=id`, then
+Three measures of importance for the validation loss, each scaled to a sum of 1 (notebook 05 says what each asks), over
+{found["states"]["complete"]} random trials of {found["starting point"]["updates"]} updates on an excerpt of the Cornell
+corpus: `make sweep CORPUS=…`, `make sweep-worker SWEEP=id`, then
 `python -m helpers best ID --run runs/sweep --results results/sweep-excerpt`. In the last column, Adam's trials that
 trained to the very same loss count once; notebook 05 says how sure its shares are. {device(found["machine"])}."""
 
@@ -143,12 +146,14 @@ corpora are prepared at {"; ".join(scale)}. Measured peaks of this machine: {pea
 
 def latency(found: dict) -> str:
     """Every way of answering: median milliseconds a reply, and how many times as fast as the textbook's."""
-    cells = {(row["model"], row["variant"], row["batch"]): row for row in found["rows"] if row.get("p50 ms")}
+    cells = {(row["model"], row["variant"], row["batch"]): row for row in found["rows"]}
     models, ways, sizes = (list(dict.fromkeys(key[i] for key in cells)) for i in range(3))
 
     def cell(*key: str | int) -> str:
-        row = cells.get(key)
-        return f"{row['p50 ms']:.2f} ({row['vs textbook']:.1f}×)" if row else "failed parity"
+        if key not in cells:
+            return "left out"
+        row = cells[key]
+        return f"{row['p50 ms']:.2f} ({row['vs textbook']:.1f}×)" if row.get("p50 ms") else "failed parity"
 
     rows = [[model, way, *(cell(model, way, size) for size in sizes)] for model in models for way in ways]
     header = ["model", "way", *(f"batch {size}" for size in sizes)]
