@@ -10,6 +10,7 @@ from pathlib import Path
 
 from helpers.run import Run, choose_device, shown, write_json
 from helpers.settings import Settings, UserError, load_profile, parse_changes, refusing
+from helpers.tracking import known_mode
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,7 +117,8 @@ def sweep(options: argparse.Namespace) -> None:
     prepared = _prepare(options, settings)
     if mode == "online":
         name = tracking.create_sweep(spec)
-        print(f"another machine joins with: make sweep-worker SWEEP={name}", flush=True)
+        own = f"CORPUS={options.corpus} PROFILE={options.profile}"
+        print(f"another machine joins with: make sweep-worker SWEEP={name} {own}", flush=True)
         tracking.run_agent(name, run.folder)
     else:
         trials = options.trials or spec.get("run_cap", 60)
@@ -130,6 +132,8 @@ def sweep_worker(options: argparse.Namespace) -> None:
 
     run = options.run
     here = options.storage or (run.sweep / options.sweep).is_dir()
+    if options.wandb == "online" and options.storage:
+        raise UserError("W&B's server keeps an online sweep: leave --storage out, or add --wandb offline.")
     if options.wandb == "online" or (not options.wandb and not here and tracking.logged_in()):
         _prepare(options, _settings(options), keep=True)
         tracking.run_agent(options.sweep, run.folder)
@@ -167,10 +171,26 @@ def _prepare(options: argparse.Namespace, settings: Settings, keep: bool = False
     from helpers.batches import Prepared, prepared_data
 
     prepared, there = prepared_data(options.corpus, settings), options.run.data
-    if keep and there.is_file() and Prepared.load(there).digest != prepared.digest:
-        raise UserError(f"{shown(there)} is of another corpus or data settings. Give the sweep's own, or another run.")
+    if keep and there.is_file():
+        kept = Prepared.load(there)
+        if (kept.digest, kept.settings) != (prepared.digest, settings):
+            raise UserError(f"{shown(there)} is of another corpus or profile. Give the sweep's own, or another run.")
+        return kept
     prepared.save(there)
     return prepared
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{text!r} is not a number from 1 on.")
+    return int(text)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.name or path.is_dir():
+        raise UserError(f"{text!r} is not a file's name.")
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,29 +213,31 @@ def _parser() -> argparse.ArgumentParser:
 
     training = command(train)
     data(training, "sample")
-    training.add_argument("--wandb", default="off", help="off, offline or online")
+    training.add_argument("--wandb", type=known_mode, default="off", help="off, offline or online")
     training.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     for function in (sweep, sweep_worker):
         added = command(function)
         data(added, "sweep")
-        added.add_argument("--wandb", help="off, offline or online; otherwise online where there is a login")
+        added.add_argument(
+            "--wandb", type=known_mode, help="off, offline or online; otherwise online where there is a login"
+        )
         added.add_argument("--storage", default="", help="a database's URL, for several machines")
         if function is sweep:
             added.add_argument("file", type=Path, help="a W&B sweep file")
-            added.add_argument("--trials", type=int, help="how many; otherwise the file's run_cap")
+            added.add_argument("--trials", type=_count, help="how many; otherwise the file's run_cap")
         else:
             added.add_argument("sweep", help="the sweep's id")
     added = command(trial, default=os.environ.get("CHATBOT_RUN", "runs/sweep"))
-    added.add_argument("--wandb", default="online", help="off, offline or online")
+    added.add_argument("--wandb", type=known_mode, default="online", help="off, offline or online")
     added.add_argument("set", nargs="*", metavar="name=value", help="settings to change")
     added = command(best)
     added.add_argument("sweep", help="the sweep's id")
     added.add_argument("--storage", default="", help="a database's URL, for several machines")
-    added.add_argument("--results", type=Path, metavar="PATH", help="write PATH.json and PATH.csv")
-    added.add_argument("--seeds", type=int, default=3, help="of the comparison with the starting point")
+    added.add_argument("--results", type=_file, metavar="PATH", help="write PATH.json and PATH.csv")
+    added.add_argument("--seeds", type=_count, default=3, help="of the comparison with the starting point")
     command(score).add_argument("pairs", type=Path, metavar="PAIRS.tsv", help="lines of query, tab, response")
     for function in (latency, bench):
-        command(function).add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+        command(function).add_argument("--json", type=_file, metavar="FILE", help="write the figures here too")
     talking = command(chat)
     talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
     talking.add_argument("--seed", type=int, default=0, help="of mmi and sampling")

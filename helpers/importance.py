@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from sklearn.ensemble import RandomForestRegressor
 
+from helpers import plots
 from helpers.batches import Prepared
 from helpers.run import Run, machine, write_json, write_text
 from helpers.settings import Settings
@@ -75,14 +76,12 @@ def effects(table: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
     trials with replacement, and are missing where `n` is below 5, since so few draws are too much alike. `p` is the
     share of shufflings of the losses that set the means of all values as far apart as they are: a parameter without
     any effect comes out below 0.05 once in twenty. The two values were picked for being apart, so the difference and
-    its bounds err on the large side, which `p` does not. Numbers from a range count by terciles.
+    its bounds err on the large side, which `p` does not. Numbers from a range count by thirds.
     """
     table, rows = table.dropna(subset=[LOSS]), []
     for name in parameters:
-        values = table[name]
-        if values.nunique() > 5:
-            values = pd.qcut(values, 3).map(lambda third: f"{third.left:.3g} to {third.right:.3g}")
-        groups = {value: losses for value, losses in table[LOSS].groupby(values, observed=True) if len(losses) > 1}
+        grouped = table[LOSS].groupby(plots.in_thirds(table[name]), observed=True)
+        groups = {value: losses for value, losses in grouped if len(losses) > 1}
         if len(groups) < 2:
             continue
         best, worst = (pick(groups, key=lambda value: groups[value].mean()) for pick in (min, max))
@@ -134,7 +133,7 @@ def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torc
         "effects": {name: _records(effects(part, list(spec["parameters"]))) for name, part in parts.items()},
         "untrained loss": untrained,
         "seeds": _records(seeds_table(run, prepared, choices, seeds, device)),
-        "machine": machine(),
+        "machine": machine(device),
     }  # fmt: skip
     if "clip" in table and (table["clip"] == 0).any():
         told["importance if clip=0 froze the model"] = _records(importance(zeroed_clip(table, untrained), spec))

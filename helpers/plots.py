@@ -211,10 +211,7 @@ def losses_by_value(table: pd.DataFrame, parameters: list[str], loss: str = "val
     table = table.dropna(subset=[loss]).sample(frac=1, random_state=0)
     figure, panels = plt.subplots(1, len(parameters), figsize=(1.9 * len(parameters), 3.2), sharey=True, squeeze=False)
     for axes, name in zip(panels[0], parameters, strict=True):
-        values = table[name]
-        if values.nunique() > 6:
-            values = pd.qcut(values, 3).map(lambda third: f"{third.left:.3g} to {third.right:.3g}")
-        groups = list(table[loss].groupby(values, observed=True))
+        groups = list(table[loss].groupby(in_thirds(table[name]), observed=True))
         for place, (_, losses) in enumerate(groups):
             spread = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
             axes.plot(place + spread, losses, "o", color=GREY, markersize=3, alpha=0.7)
@@ -223,6 +220,15 @@ def losses_by_value(table: pd.DataFrame, parameters: list[str], loss: str = "val
         axes.set_xlabel(name.replace("_", "\n"))
     panels[0][0].set_ylabel(loss)
     return figure
+
+
+def in_thirds(values: pd.Series) -> pd.Series:
+    """More than five different numbers as their lower, middle and upper third, by name; anything else as it is."""
+    if values.nunique() <= 5 or not pd.api.types.is_numeric_dtype(values):
+        return values
+    thirds = pd.qcut(values, 3, labels=False, duplicates="drop")
+    names = values.groupby(thirds).agg(lambda third: f"{third.min():.3g} to {third.max():.3g}")
+    return thirds.map(names).astype(pd.CategoricalDtype(list(dict.fromkeys(names)), ordered=True))
 
 
 def best_so_far(values: Sequence[float]) -> Figure:

@@ -82,7 +82,8 @@ class Run:
                 path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
                 for own in (self.data, self.checkpoint, self.metrics, self.manifest):
                     for half_written in self.folder.glob(f".{own.name}.*.tmp"):
-                        half_written.unlink()
+                        if not _running(half_written.suffixes[-2][1:]):  # data.pt is written without the lock too
+                            half_written.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
@@ -281,6 +282,16 @@ def start_notebook() -> None:
 def show(thing) -> None:
     """Print the source of a class or function, so that a notebook explains the very code that it runs."""
     sys.stdout.write(inspect.getsource(thing))
+
+
+def _running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)  # asks, and sends nothing
+    except PermissionError:  # it is another user's
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _processor() -> str:

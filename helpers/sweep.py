@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import re
 import time
 import uuid
 import warnings
@@ -20,13 +19,14 @@ import yaml
 from filelock import FileLock, Timeout
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from helpers.batches import Prepared
 from helpers.run import Run, digest, need, shown, training_digest, write_text
 from helpers.settings import DATA_SETTINGS, NAMES, Settings, UserError, read_yaml, refusing
 from helpers.tracking import Tracker
-from helpers.training import fit, read_metrics
+from helpers.training import NotFiniteError, fit, read_metrics
 
 LOSS = "validation loss"
 METHODS = ("random", "grid", "bayes")
@@ -35,6 +35,8 @@ KEYS = (
     "program", "command",
 )  # fmt: skip
 HEARTBEAT = 10  # seconds between the signs of life of a trial in a database; six missed, and it is dead
+# What a trial's own settings bring about, and would again; any other error is nobody's result and ends the worker.
+OWN_FAILURES = (NotFiniteError, torch.OutOfMemoryError)
 DISTRIBUTIONS = ("uniform", "q_uniform", "log_uniform_values", "int_uniform", "categorical", "constant")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat's
@@ -184,7 +186,7 @@ def open_study(run: Run, name: str, storage: str = "", create: bool = False) -> 
 
     With `create` it is made if it is not there. Raises UserError if it cannot be opened, and for a spoilt journal.
     """
-    where = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", storage) or shown(run.sweep)  # without the password
+    where = _place(storage) if storage else shown(run.sweep)
     kinds = (ImportError, OSError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
     with refusing(f"The sweep's storage {where} cannot be opened", "Mend that, or use another one.", *kinds):
         if storage:  # several machines: Optuna's heartbeat tells which trials lost their worker
@@ -203,6 +205,16 @@ def open_study(run: Run, name: str, storage: str = "", create: bool = False) -> 
         if not create and name not in names:
             raise UserError(f"There is no sweep {name!r} in {where}; there are: {', '.join(names) or 'none'}.")
         return optuna.create_study(study_name=name, storage=backend, direction="minimize", load_if_exists=True)
+
+
+def _place(storage: str) -> str:
+    """A database's URL without what may be secret in it."""
+    try:
+        url = make_url(storage)
+    except (SQLAlchemyError, ValueError):
+        return "(the URL is not one of a database)"
+    host = (url.host or "").rpartition("@")[2] or None  # of a password with an @ in it the end is taken for the host
+    return URL.create(url.drivername, host=host, port=url.port, database=url.database).render_as_string()
 
 
 def run_sweep(
@@ -259,16 +271,19 @@ def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, data
         others = study.get_trials(deepcopy=False)
         if place is None or any(other.number < trial.number and _stands(other, place) for other in others):
             trial.set_user_attr("surplus", True)  # workers on two machines had both replaced a dead trial
-            raise UserError("surplus")
+            raise _SurplusError
         # Trials of a plan are not drawn; those of Bayes's method must not be drawn alike by two workers.
         study.sampler = optuna.samplers.TPESampler(seed=base.seed * 1_000_003 + place)
         params = {name: _suggest(trial, name, space[name]) for name in space}
-        said = "stopped early"
+        said = "interrupted"
         try:
             loss = _train(trial, run, prepared, base.change(**params), study.study_name, tracking, device)
             said = f"{LOSS} {loss:.3f}"
             return loss
-        except (UserError, torch.OutOfMemoryError) as error:
+        except optuna.TrialPruned:
+            said = "stopped early"
+            raise
+        except OWN_FAILURES as error:
             trial.set_user_attr("error", str(error))
             said = f"failed ({error})"
             raise
@@ -291,7 +306,7 @@ def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, data
             states = {trial.state for trial in study.get_trials(deepcopy=False)}
             if TrialState.WAITING in states:
                 try:
-                    study.optimize(objective, n_trials=1, catch=(UserError, torch.OutOfMemoryError))
+                    study.optimize(objective, n_trials=1, catch=(*OWN_FAILURES, _SurplusError))
                 except ValueError:  # another has closed the trial; what became of it is no longer ours to tell
                     if not lost:
                         raise
@@ -306,7 +321,7 @@ def _work(study: optuna.Study, run: Run, prepared: Prepared, tracking: str, data
 def _train(
     trial: optuna.Trial, run: Run, prepared: Prepared, settings: Settings, name: str, tracking: str, device
 ) -> float:
-    """One trial in a folder of its own: the best validation loss. Raises UserError if it diverges."""
+    """One trial in a folder of its own: the best validation loss. Raises NotFiniteError if it diverges."""
     folder = Run(run.sweep / name / f"trial-{trial.number:03d}")
     label = f"{name}-{trial.number:03d}"
     with Tracker(tracking, folder.folder, settings.to_dict(), name=label, group=name) as tracker:
@@ -337,6 +352,10 @@ def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device) ->
     folder = Run(run.sweep / os.environ.get("WANDB_SWEEP_ID", "agents") / name)
     with Tracker(tracking, folder.folder, settings.to_dict()) as tracker:
         print(f"{LOSS} {train_trial(folder, prepared, settings, device, tracker):.4f}: {shown(folder.folder)}")
+
+
+class _SurplusError(Exception):
+    """This trial's place is filled already."""
 
 
 class Reporting:

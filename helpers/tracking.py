@@ -45,6 +45,13 @@ def run_agent(sweep: str, folder: Path) -> None:
         raise UserError(f"The W&B agent of sweep {sweep} has failed; its own message stands above.")
 
 
+def known_mode(mode: str) -> str:
+    """The mode, if it is one. Raises UserError for any other."""
+    if mode not in MODES:
+        raise UserError(f"Tracking mode {mode!r} is not one of {', '.join(MODES)}.")
+    return mode
+
+
 class Tracker:
     """Logs a run's numbers. Offline needs no account: the files can be uploaded later with `wandb sync`.
 
@@ -52,10 +59,8 @@ class Tracker:
     """
 
     def __init__(self, mode: str, folder: Path, config: dict, *, name: str = "", group: str = "") -> None:
-        if mode not in MODES:
-            raise UserError(f"Tracking mode {mode!r} is not one of {', '.join(MODES)}.")
         self._run = None
-        if mode == "off":
+        if known_mode(mode) == "off":
             return
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb

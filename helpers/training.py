@@ -33,6 +33,10 @@ from helpers.tracking import Tracker
 EVALUATION_BATCH = 256
 
 
+class NotFiniteError(UserError):
+    """A loss or a gradient that is infinite or no number: the settings are to blame, nothing else."""
+
+
 @dataclasses.dataclass
 class Progress:
     """How far a training has come; part of the checkpoint."""
@@ -261,8 +265,8 @@ def fit(
 
     Under torchrun every process takes its share of each batch, and the first one alone writes files.
 
-    Ctrl-C ends the update in progress, writes the checkpoint and raises KeyboardInterrupt. Raises UserError when a
-    loss or gradient is not finite (the last checkpoint is kept), or when another process trains in this folder.
+    Ctrl-C ends the update in progress, writes the checkpoint and raises KeyboardInterrupt. Raises NotFiniteError when a
+    loss or gradient is not finite (the last checkpoint is kept), UserError when another process trains here.
     """
     from tqdm.auto import tqdm  # here, since trained models are also used where there is no tqdm
 
@@ -305,6 +309,7 @@ def fit(
                 if due:
                     loss = _the_firsts(evaluate(model, validation).per_token)
                     if not math.isfinite(loss):
+                        _write_rows(run, rows)
                         raise _not_finite(run, f"The validation loss after update {progress.update} is {loss}.")
                     if progress.validated(loss, settings.patience):
                         best_model = _copy(model)
@@ -459,8 +464,8 @@ def _record_machine(run: Run, device: torch.device, update: int) -> None:
     run.record(trained_with=before)
 
 
-def _not_finite(run: Run, what: str) -> UserError:
-    return UserError(f"{what} {_kept(run)} Try a lower learning_rate, clip=1, or precision=fp32.")
+def _not_finite(run: Run, what: str) -> NotFiniteError:
+    return NotFiniteError(f"{what} {_kept(run)} Try a lower learning_rate, clip=1, or precision=fp32.")
 
 
 def _kept(run: Run) -> str:

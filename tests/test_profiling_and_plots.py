@@ -173,6 +173,17 @@ def test_parallel_coordinates_place_ranges_by_value_and_the_best_on_top():
     assert set(heights[:, 1]) == {0.0, 1.0}
 
 
+def test_thirds_are_named_by_the_numbers_in_them():
+    rates = pd.Series([1e-4, 2e-4, 3e-4, 4e-4, 5e-3, 6e-3, 7e-3, 8e-3, 2e-2])
+    thirds = plots.in_thirds(rates)
+    assert list(thirds.cat.categories) == ["0.0001 to 0.0003", "0.0004 to 0.006", "0.007 to 0.02"]
+    assert list(thirds.cat.codes) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    skewed = pd.Series([0.1] * 20 + [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert plots.in_thirds(skewed).nunique() <= 2
+    words = pd.Series(list("abcdefg"))
+    assert plots.in_thirds(words) is words
+
+
 def test_the_others_draw(tmp_path):
     counts = Counter({f"w{i}": 1000 // (i + 1) for i in range(500)})
     figures = [

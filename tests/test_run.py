@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(tmp_path):
         interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_lock_removes_what_dead_processes_left_half_written(tmp_path):
+    left, written = tmp_path / ".data.pt.99999999.tmp", tmp_path / f".data.pt.{os.getpid()}.tmp"
+    for path in (left, written):
+        path.write_text("half")
+    with Run(tmp_path).locked():
+        assert (left.exists(), written.exists()) == (False, True)
 
 
 def test_devices():

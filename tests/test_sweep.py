@@ -12,6 +12,7 @@ from wandb.sdk.launch.sweeps import utils as agent
 
 import helpers.sweep
 from helpers.__main__ import main
+from helpers.batches import Prepared
 from helpers.run import ROOT, Run
 from helpers.settings import Settings, UserError, load_profile
 from helpers.sweep import (
@@ -136,6 +137,14 @@ def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, prepa
     assert "loss is" in study.trials[0].user_attrs["error"]
     assert "loss is" in capsys.readouterr().out
     assert len(run_sweep(run, prepared, base, spec, 2, "off").trials) == 2  # it is not tried again
+
+
+def test_an_error_that_is_no_trial_s_fault_ends_the_sweep_and_uses_up_nothing(tmp_path, prepared):
+    spec, run = spec_of(tmp_path, RATES), Run(tmp_path / "run")
+    with pytest.raises(UserError, match="sometimes"):
+        run_sweep(run, prepared, BASE, spec, 2, "sometimes")
+    study = run_sweep(run, prepared, BASE, spec, 2, "off")
+    assert completed(study) == [0, 1]
 
 
 def test_a_grid_tries_every_combination_once(tmp_path, prepared):
@@ -337,6 +346,10 @@ def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, cap
         (["sweep-worker", "nonesuch", "--wandb", "offline"], "make sweep"),
         (["best", "nonesuch"], "make sweep"),
         (["trial", "clip=1"], "data.pt"),
+        (["sweep", "none.yaml", "--trials", "0"], "'0'"),
+        (["best", "nonesuch", "--seeds", "-1"], "'-1'"),
+        (["best", "nonesuch", "--results", ""], "file's name"),
+        (["latency", "--json", "."], "file's name"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, word, tmp_path, capsys):
@@ -352,8 +365,9 @@ def test_an_online_sweep_takes_no_number_of_trials_and_no_database(tmp_path, mon
     arguments = ["sweep", str(ROOT / "notebooks" / "sweep.yaml"), "--run", str(tmp_path)]
     assert main([*arguments, "--trials", "3"]) == 1
     assert "run_cap" in capsys.readouterr().err
-    assert main([*arguments, "--wandb", "online", "--storage", "sqlite:///:memory:"]) == 1
-    assert "--wandb offline" in capsys.readouterr().err
+    for words in (arguments, ["sweep-worker", "id", "--run", str(tmp_path)]):
+        assert main([*words, "--wandb", "online", "--storage", "sqlite:///:memory:"]) == 1
+        assert "--wandb offline" in capsys.readouterr().err
 
 
 def test_an_online_worker_leaves_other_data_alone(tmp_path, corpus_folder, prepared, monkeypatch, capsys):
@@ -367,10 +381,36 @@ def test_an_online_worker_leaves_other_data_alone(tmp_path, corpus_folder, prepa
     assert main([*arguments, "--set", "min_count=7"]) == 1
     assert "the sweep's own" in capsys.readouterr().err
     assert run.data.read_bytes() == before
+    assert main([*arguments, "--profile", "cornell"]) == 1
+    assert "the sweep's own" in capsys.readouterr().err
+    assert run.data.read_bytes() == before
     assert agents == []
 
 
-def test_a_password_is_not_shown(tmp_path):
+def test_an_online_worker_uses_the_sweep_s_own_data(tmp_path, corpus_folder, monkeypatch):
+    agents = []
+    monkeypatch.setattr("helpers.tracking.run_agent", lambda *what: agents.append(what))
+    monkeypatch.setattr("helpers.batches.DATA", tmp_path)
+    run = Run(tmp_path / "run")
+    arguments = ["sweep-worker", "p/id", "--run", str(run.folder), "--wandb", "online", "--corpus", str(corpus_folder)]
+    for _ in range(2):
+        assert main(arguments) == 0
+    assert agents == [("p/id", run.folder)] * 2
+    assert Prepared.load(run.data).settings == load_profile("sweep")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:secret@127.0.0.1:1/none",
+        "postgresql://user:my/secret@127.0.0.1:1/none",
+        "postgresql://user:my:secret@127.0.0.1:1/none",
+        "postgresql://user:sec@secret@127.0.0.1:1/none",
+        "postgresql://127.0.0.1:1/none?user=user&password=secret",
+        "no database, but a secret",
+    ],
+)
+def test_a_password_is_not_shown(tmp_path, url):
     with pytest.raises(UserError, match="cannot be opened") as error:
-        open_study(Run(tmp_path), "a", "postgresql://user:secret@127.0.0.1:1/none")
+        open_study(Run(tmp_path), "a", url)
     assert "secret" not in str(error.value)

@@ -57,7 +57,7 @@ def measure(name: str, corpus, device: torch.device) -> dict:
     texts = trained["cornell"][1].texts["test"]
     words = [(query.split(), response.split()) for query, response in texts]
     short = [pair for pair in words if max(map(len, pair)) <= SHORT and known([*pair[0], *pair[1]], bots)]
-    result = {"corpus": trained["cornell"][1].corpus, "machine": machine() | {"device": str(device)}}
+    result = {"corpus": trained["cornell"][1].corpus, "machine": machine(device)}
     result |= {"short test exchanges": len(short), "test exchanges": len(texts), "queries": QUERIES, "models": {}}
     for profile, (run, _, bot) in trained.items():
         likelihood = evaluate(bot.model, Pairs.from_words(short, bot.vocabulary).to(device))
@@ -114,7 +114,7 @@ def measure_context(name: str, corpus, device: torch.device) -> dict:
             "all": evaluate(model, test.to(device)).perplexity,
             "follow-ups": evaluate(model, part.to(device)).perplexity,
         }
-    result |= {"corpus": data.corpus, "machine": machine() | {"device": str(device)}, "settings": settings.to_dict()}
+    result |= {"corpus": data.corpus, "machine": machine(device), "settings": settings.to_dict()}
     return result | {"test exchanges": len(test), "follow-ups": len(part)}
 
 

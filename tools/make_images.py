@@ -29,6 +29,8 @@ QUESTION = "Anna has a red hat and a blue box. What colour is the box?"
 def architecture(bot: Chatbot) -> plt.Figure:
     """Encoder, attention and decoder at the moment when the bot says where Ruth is; the weights are the bot's own."""
     query, reply, weights = bot.attention(bot.reply("Ruth met Leo at the bank. Where is Ruth?", "greedy"))
+    if "bank" not in reply:
+        raise UserError(f"This bot says {' '.join(reply)!r}, not where Ruth is. Draw from the run of 'make run-all'.")
     step = reply.index("bank")
     figure, axes = plt.subplots(figsize=(13, 5.2), layout="constrained")
     axes.axis("off")
