@@ -58,7 +58,7 @@ class Encoder(nn.Module):
 
 
 class LuongAttention(nn.Module):
-    """Global attention of Luong et al., arXiv:1508.04025, equations 7 and 8.
+    """Global attention of Luong et al., arXiv:1508.04025, section 3.1: equation 7 and the scores below it.
 
     score(h_t, h̄_s) is h_tᵀ h̄_s (`dot`), h_tᵀ W_a h̄_s (`general`) or v_aᵀ tanh(W_a [h_t; h̄_s]) (`concat`).
     The part that depends on h̄_s alone, W_a h̄_s, is computed once a query: `keys`.

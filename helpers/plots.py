@@ -93,8 +93,8 @@ def coverage(counts: Counter[str], min_count: int) -> Figure:
     return figure
 
 
-def training_curves(rows: Sequence[dict], window: int = 25) -> Figure:
-    """Training loss (smoothed), validation loss, and below them gradient norm and learning rate."""
+def training_curves(rows: Sequence[dict], clip: float = 0.0, window: int = 25) -> Figure:
+    """Training loss (smoothed), validation loss, and below them gradient norm, its limit if any, and learning rate."""
     steps = [row for row in rows if "loss" in row]
     checks = [row for row in rows if "validation_loss" in row]
     update = [row["update"] for row in steps]
@@ -110,6 +110,9 @@ def training_curves(rows: Sequence[dict], window: int = 25) -> Figure:
     top.set(ylabel="nats a token", yscale="log")
     top.legend()
     bottom.plot(update, _smooth([row["gradient_norm"] for row in steps], window), label="gradient norm (smoothed)")
+    if clip:
+        bottom.axhline(clip, color=RED, linestyle=":", label=f"clip: {clip:g}")
+        bottom.legend()
     bottom.set(xlabel="update", ylabel="gradient norm", yscale="log")
     right = bottom.twinx()
     right.plot(update, [row["learning_rate"] for row in steps], color=GREY, linestyle="--")

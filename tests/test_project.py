@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -183,6 +184,19 @@ def test_readme_hides_no_way_that_failed_or_was_left_out():
     lines = latency(found | {"rows": rows}).splitlines()
     assert sum("int8 | failed parity | failed parity | failed parity" in line for line in lines) == 2
     assert sum("AOTInductor | left out | left out | left out" in line for line in lines) == 1
+
+
+def test_the_package_asks_for_what_it_imports():
+    named = {"sklearn": "scikit-learn", "yaml": "PyYAML", "IPython": "ipython"}
+    imports = set()
+    for path in (ROOT / "helpers").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imports |= {name.partition(".")[0] for name in names if name}
+    foreign = imports - set(sys.stdlib_module_names) - {"helpers"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert sorted(named.get(name, name) for name in foreign) == sorted(project["dependencies"])
 
 
 def test_conda_and_pip_read_the_same_list():

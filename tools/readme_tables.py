@@ -73,7 +73,7 @@ def quality() -> str:
 
 
 def replies() -> str:
-    """What the two models answer, good and bad, to queries that are in no corpus."""
+    """What the two models answer, good and bad, to queries that we wrote ourselves."""
     models = result("compare-cornell_excerpt.json")["models"]
     columns = {"classic": "greedy", "cornell": "mmi"}
     rows = [
@@ -117,10 +117,12 @@ def profile(found: dict) -> str:
     ]
     total = found["milliseconds"]
     rows.append(["**whole step**", f"{total['before']:.0f}", f"{total['after']:.0f}", ""])
+    settings = found["settings"]
+    size = f"{settings['hidden_size']} units and {settings['layers']} layers in {settings['precision']}"
     peaks = f"{found['peaks']['GFLOP/s']:.0f} GFLOP/s and {found['peaks']['GB/s']:.0f} GB/s"
     return f"""{table(["part", "stepwise ms", "whole sequence ms", "bound by"], rows)}
 
-`make profile RUN=classic`, on a model of the classic size in fp32 (`python -m helpers train --run runs/classic
+`make profile RUN=classic`, on a model of {size} (`python -m helpers train --run runs/classic
 --corpus … --profile classic --set updates=1 precision=fp32`). Peaks measured in the same run: {peaks}.
 {device(found["machine"])}."""
 
