@@ -109,10 +109,10 @@ def training_curves(rows: Sequence[dict], clip: float = 0.0, window: int = 25) -
     )
     top.set(ylabel="nats a token", yscale="log")
     top.legend()
-    bottom.plot(update, _smooth([row["gradient_norm"] for row in steps], window), label="gradient norm (smoothed)")
+    bottom.plot(update, _smooth([row["gradient_norm"] for row in steps], window))
     if clip:
         bottom.axhline(clip, color=RED, linestyle=":", label=f"clip: {clip:g}")
-        bottom.legend()
+        bottom.legend(loc="lower left", bbox_to_anchor=(0.06, 0))  # beside the warm-up, below the norm
     bottom.set(xlabel="update", ylabel="gradient norm", yscale="log")
     right = bottom.twinx()
     right.plot(update, [row["learning_rate"] for row in steps], color=GREY, linestyle="--")

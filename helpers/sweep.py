@@ -242,7 +242,8 @@ def run_sweep(
         study.set_user_attr(key, value)
     if not (run.sweep / name / "data.pt").is_file():
         prepared.save(run.sweep / name / "data.pt")
-    print(f"Sweep {name}, {trials} trials. Another worker joins with: make sweep-worker SWEEP={name}", flush=True)
+    where = "" if run.folder.name == "sweep" else f" RUN={run.folder.name}"
+    print(f"Sweep {name}, {trials} trials; another worker joins by: make sweep-worker SWEEP={name}{where}", flush=True)
     _work(study, run, prepared, tracking, bool(storage), device)
     return study
 

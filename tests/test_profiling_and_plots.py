@@ -137,8 +137,9 @@ def _close():
 def test_training_curves_mark_the_best_validation():
     rows = [{"update": i, "loss": 3 - i / 10, "gradient_norm": 1.0, "learning_rate": 0.1} for i in range(1, 11)]
     rows += [{"update": 5, "validation_loss": 2.0}, {"update": 10, "validation_loss": 2.5}]
-    figure = plots.training_curves(rows)
+    figure = plots.training_curves(rows, clip=2.0)
     assert "best, update 5" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["clip: 2"]
 
 
 def test_attention_shows_every_word():

@@ -78,6 +78,7 @@ def test_a_notebook_is_whole(path):
             assert output.output_type != "error"
             text = json.dumps(output)
             assert "Warning" not in text
+            assert "training starts anew" not in text, "remove runs/sample, then run 'make outputs'"
             assert str(ROOT) not in text
             assert "/home/" not in text
         assert len(cell.source.splitlines()) <= 25, cell.source

@@ -112,7 +112,9 @@ def test_trials_are_logged_offline_go_on_and_are_ranked(tmp_path, prepared, caps
     run_sweep(run, prepared, BASE, spec, 2)
     study = run_sweep(run, prepared, BASE, spec, 4, "off")
     table = trial_table(study)
-    assert len(table) == sum("validation loss" in line for line in capsys.readouterr().out.splitlines()) == 4
+    said = capsys.readouterr().out.splitlines()
+    assert len(table) == sum("validation loss" in line for line in said) == 4
+    assert said[0].endswith(f"make sweep-worker SWEEP={study.study_name} RUN=run")
     assert table["validation loss"].is_monotonic_increasing
     offline = list(run.sweep.glob("*/trial-*/wandb/offline-run-*/*.wandb"))
     assert len(offline) == 2
