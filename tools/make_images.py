@@ -108,7 +108,7 @@ def pictures(run: Run) -> dict[str, plt.Figure]:
     parts = {name: pd.DataFrame(profile[name]).T["ms"] for name in ("before", "after")}
     return {
         "architecture": architecture(bot),
-        "training_curves": plots.training_curves(read_metrics(run)),
+        "training_curves": plots.training_curves(read_metrics(run), bot.settings.clip),
         "attention": plots.attention(query, said, weights.numpy()).figure,
         "compare": plots.compare(result("compare-cornell_excerpt.json")["models"]),
         "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
