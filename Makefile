@@ -34,13 +34,18 @@ export IPYTHONDIR := $(ROOT)runs/.ipython
 KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
 export WANDB_SILENT := true
 
+# The C library (glibc) keeps freed memory for the next tensors, in place of giving it back to the system, which hands
+# it out again page by page: thousands of page faults in every training step.
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_TRIM_THRESHOLD_ := 2147483647
+
 NAMES := 01_data_preparation 02_model 03_training 04_decoding_and_chat 05_hyperparameter_sweep 06_profiling \
          07_torchscript_and_latency
 ALL := $(NAMES) solutions
 FOLDER := $(ROOT)runs/$(RUN)
 DONE := $(NAMES:%=$(FOLDER)/notebooks/%.ipynb)
 SOLVED := $(FOLDER)/notebooks/solutions.ipynb
-HELPERS := $(wildcard $(ROOT)helpers/*.py)
+HELPERS := $(wildcard $(ROOT)helpers/*.py $(ROOT)corpora/sample/*)
 SETTINGS := corpus=$(SOURCE) profile=$(PROFILE) device=$(DEVICE) params=$(PARAMS)
 STAMP := $(FOLDER)/.settings
 EXECUTE := $(PY) $(ROOT)tools/run_notebook.py
@@ -128,19 +133,18 @@ latency: | $(INSTALLED) $(KERNEL) ## notebook 07 alone with its whole table, int
 	    -p full true $(PARAMETERS)
 
 compare: | $(INSTALLED) ## the classic recipe and ours trained on CORPUS (half an hour and more), to results/
-	@$(PY) $(ROOT)tools/compare.py --corpus '$(SOURCE)' --device '$(DEVICE)'
+	@cd $(ROOT) && $(PY) -m benchmarks.compare --corpus '$(SOURCE)' --device '$(DEVICE)'
 
 images: run-all ## the pictures in images/ and the tables of README, from results/ and the run
-	@$(PY) $(ROOT)tools/make_images.py --run '$(FOLDER)'
+	@cd $(ROOT) && $(PY) -m tools.make_images --run '$(FOLDER)'
 	@CHATBOT_SCREENSHOT='$(ROOT)images/chat.png' $(PY) -m pytest $(ROOT)tests/check_browser.py
-	@$(PY) $(ROOT)tools/readme_tables.py
+	@cd $(ROOT) && $(PY) -m tools.readme_tables
 
 wheelhouse: | $(INSTALLED) ## all packages as files, for a machine without an index (README says how)
 	@cd $(ROOT) && $(PY) -m pip download -qq --disable-pip-version-check -d wheelhouse -r requirements.txt
 
 bench: | $(INSTALLED) ## this project against the textbook way, side by side: results/bench-DEVICE.json
-	@cd $(ROOT) && $(PY) -m helpers bench --device $(DEVICE) \
-	    --json results/bench-$$($(PY) -c 'from helpers.run import choose_device as c; print(c("$(DEVICE)").type)').json
+	@cd $(ROOT) && $(PY) -m benchmarks.bench --device $(DEVICE) --json results/bench-DEVICE.json
 
 lab: | $(INSTALLED) ## JupyterLab at notebook 01
 	@cd $(ROOT)notebooks && env -u IPYTHONDIR $(PY) -m jupyterlab 01_data_preparation.ipynb

@@ -1,6 +1,4 @@
-"""The series from the command line: python -m helpers train | score | chat | latency | bench | sweep | …"""
-
-from __future__ import annotations
+"""The series from the command line: python -m helpers train | score | chat | latency | sweep | …"""
 
 import argparse
 import json
@@ -8,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from helpers.run import Run, choose_device, shown, write_json
-from helpers.settings import Settings, UserError, load_profile, parse_changes, refusing
-from helpers.tracking import known_mode
+from helpers.run import Run, choose_device, display_path, write_json
+from helpers.settings import Settings, UserError, load_profile, parse_changes, user_errors
+from helpers.tracking import check_mode
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +24,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has gone: a normal end for a filter
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0
 
 
@@ -36,44 +33,49 @@ def train(options: argparse.Namespace) -> None:
 
     from helpers.batches import Prepared
     from helpers.tracking import Tracker
-    from helpers.training import alone, fit, join_ranks, ranks
+    from helpers.training import checkpoint_to_resume, fit, join_processes, locked, ranks
 
-    run, device, settings = options.run, join_ranks(options.device), _settings(options)
-    rank, world = ranks()
-    with alone(run):
-        if run.checkpoint.exists() and not options.resume:
-            raise UserError(f"{shown(run.checkpoint)} exists. Add --resume to go on from it, or choose another --run.")
-        if rank == 0:
+    run, device, settings = options.run, join_processes(options.device), _settings(options)
+    first, together = ranks()[0] == 0, ranks()[1] > 1
+    with locked(run):
+        if run.checkpoint.exists() and not (options.resume or options.fresh):
+            ways = "--resume to go on from it, --fresh to start over and keep it under another name"
+            raise UserError(f"{display_path(run.checkpoint)} exists. Add {ways}, or choose another --run.")
+        if first:
             prepared = _prepare(options, settings)
-        if world > 1:
+            if run.checkpoint.exists() and options.resume:
+                checkpoint_to_resume(run, prepared, settings)  # before the data that it was trained on are replaced
+            prepared.save(run.data)
+        if together:
             dist.barrier()
             prepared = Prepared.load(run.data)
-        with Tracker("off" if rank else options.wandb, run.folder, settings.to_dict()) as tracker:
-            fit(run, prepared, settings, device, tracker, resume=options.resume)
-    if world > 1:
+        with Tracker(options.wandb if first else "off", run.folder, settings.to_dict()) as tracker:
+            fit(run, prepared, settings, device, tracker.log, resume=options.resume)
+            progress = run.facts()["progress"] if first else {}
+            tracker.summary(**progress)
+    if together:
         dist.destroy_process_group()
-    if rank:
-        return
-    progress = run.facts()["progress"]
-    print(f"best validation loss {progress['best_loss']:.4f} at update {progress['best_update']}: {shown(run.folder)}")
+    if first:
+        best = f"best validation loss {progress['best_loss']:.4f} at update {progress['best_update']}"
+        print(f"{best}: {display_path(run.folder)}")
 
 
 def score(options: argparse.Namespace) -> None:
     """Print the likelihood of tab-separated query/response pairs as one line of JSON."""
-    from helpers import training
-    from helpers.checkpoint import load_model
+    from helpers import evaluation
+    from helpers.training import load_model
 
-    kinds = (OSError, UnicodeDecodeError)
-    with refusing(f"{options.pairs} cannot be read", "Give a UTF-8 file of query, tab, response.", *kinds):
-        text = options.pairs.read_text(encoding="utf-8")
-    pairs = [line.split("\t") for line in text.removesuffix("\n").split("\n")] if text else []
+    remedy = "Give a UTF-8 file of lines of query, tab, response."
+    with user_errors(f"{options.pairs} cannot be read", remedy, OSError, UnicodeDecodeError):
+        lines = options.pairs.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    pairs = [line.split("\t") for line in lines]
+    if lines == [""]:
+        raise UserError(f"{options.pairs} holds no pair. {remedy}")
     for number, fields in enumerate(pairs, 1):
         if len(fields) != 2:
             raise UserError(f"{options.pairs}, line {number}: {len(fields)} fields; expected query, tab, response.")
-    if not pairs:
-        raise UserError(f"{options.pairs} holds no pair. Give a file of lines of query, tab, response.")
     model, vocabulary, _ = load_model(options.run.checkpoint, options.device)
-    print(json.dumps(training.score(model, vocabulary, pairs)))
+    print(json.dumps(evaluation.score(model, vocabulary, pairs)))
 
 
 def chat(options: argparse.Namespace) -> None:
@@ -95,15 +97,6 @@ def latency(options: argparse.Namespace) -> None:
         write_json(options.json, result)
 
 
-def bench(options: argparse.Namespace) -> None:
-    """Measure this project against the textbook's way of doing the same, side by side; some minutes."""
-    from helpers.bench import bench
-
-    found = bench(options.device)
-    if options.json:
-        write_json(options.json, found)
-
-
 def sweep(options: argparse.Namespace) -> None:
     """Run the trials of a W&B sweep file: by W&B's agents with an account, by Optuna without."""
     from helpers import tracking
@@ -115,10 +108,11 @@ def sweep(options: argparse.Namespace) -> None:
         raise UserError("W&B's server plans an online sweep: give run_cap in its file instead, or add --wandb offline.")
     settings = _settings(options)
     prepared = _prepare(options, settings)
+    prepared.save(run.data)
     if mode == "online":
         name = tracking.create_sweep(spec)
-        own = f"CORPUS={options.corpus} PROFILE={options.profile}"
-        print(f"another machine joins with: make sweep-worker SWEEP={name} {own}", flush=True)
+        data = f"CORPUS={options.corpus} PROFILE={options.profile}"
+        print(f"another machine joins with: make sweep-worker SWEEP={name} {data}", flush=True)
         tracking.run_agent(name, run.folder)
     else:
         trials = options.trials or spec.get("run_cap", 60)
@@ -128,6 +122,7 @@ def sweep(options: argparse.Namespace) -> None:
 def sweep_worker(options: argparse.Namespace) -> None:
     """Join a sweep by its id: one in this folder or database, or one of W&B's."""
     from helpers import tracking
+    from helpers.batches import Prepared
     from helpers.sweep import join_sweep
 
     run = options.run
@@ -135,11 +130,16 @@ def sweep_worker(options: argparse.Namespace) -> None:
     if options.wandb == "online" and options.storage:
         raise UserError("W&B's server keeps an online sweep: leave --storage out, or add --wandb offline.")
     if options.wandb == "online" or (not options.wandb and not here and tracking.logged_in()):
-        _prepare(options, _settings(options), keep=True)
+        settings = _settings(options)
+        prepared = _prepare(options, settings)
+        kept = Prepared.load(run.data) if run.data.is_file() else prepared
+        if (kept.digest, kept.settings) != (prepared.digest, settings):
+            what = f"{display_path(run.data)} is of another corpus or profile"
+            raise UserError(f"{what}. Give the sweep's own, or another run.")
+        prepared.save(run.data)
         tracking.run_agent(options.sweep, run.folder)
     else:
-        mode = options.wandb or "offline"
-        join_sweep(run, options.sweep, mode, storage=options.storage, device=options.device)
+        join_sweep(run, options.sweep, options.wandb or "offline", storage=options.storage, device=options.device)
 
 
 def trial(options: argparse.Namespace) -> None:
@@ -150,34 +150,23 @@ def trial(options: argparse.Namespace) -> None:
 
 
 def best(options: argparse.Namespace) -> None:
-    """Write a sweep's best settings as a profile; with --results also what its trials say, as JSON and CSV."""
-    from helpers.importance import report
+    """Write a sweep's best settings as a profile, best.yaml in the run's folder."""
     from helpers.sweep import open_study, write_profile
 
-    study = open_study(options.run, options.sweep, options.storage)
     target = options.run.folder / "best.yaml"
-    write_profile(target, study)
-    print(f"{shown(target)}: train it with --profile {shown(target)}")
-    if options.results:
-        report(study, options.run, options.results, options.seeds, options.device)
+    write_profile(target, open_study(options.run, options.sweep, options.storage))
+    print(f"{display_path(target)}: train it with --profile {display_path(target)}")
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     return load_profile(options.profile).change(**parse_changes(options.set))
 
 
-def _prepare(options: argparse.Namespace, settings: Settings, keep: bool = False):
-    """The corpus prepared, also in the run's folder; with `keep`, others use what is there: it must be the same."""
-    from helpers.batches import Prepared, prepared_data
+def _prepare(options: argparse.Namespace, settings: Settings):
+    from helpers.batches import prepare
+    from helpers.corpus import read_corpus
 
-    prepared, there = prepared_data(options.corpus, settings), options.run.data
-    if keep and there.is_file():
-        kept = Prepared.load(there)
-        if (kept.digest, kept.settings) != (prepared.digest, settings):
-            raise UserError(f"{shown(there)} is of another corpus or profile. Give the sweep's own, or another run.")
-        return kept
-    prepared.save(there)
-    return prepared
+    return prepare(read_corpus(options.corpus), settings)
 
 
 def _count(text: str) -> int:
@@ -196,48 +185,39 @@ def _file(text: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    modes = {"type": check_mode, "help": "off, offline or online"}
 
-    def command(function, **run) -> argparse.ArgumentParser:
-        name = function.__name__.replace("_", "-")
-        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+    def command(function, profile: str = "", run: str | None = None) -> argparse.ArgumentParser:
+        name, text = function.__name__.replace("_", "-"), function.__doc__
+        added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(command=function)
-        if function is not bench:
-            added.add_argument("--run", type=Run, metavar="DIR", help="the run's folder", **run or {"required": True})
+        added.add_argument("--run", type=Run, metavar="DIR", default=run, required=not run, help="the run's folder")
         added.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+        if profile:
+            added.add_argument("--corpus", default="sample", help="sample, cornell, or a zip, folder or jsonl")
+            added.add_argument("--profile", default=profile, help="a name in notebooks/profiles, or a YAML file")
+            added.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
         return added
 
-    def data(added: argparse.ArgumentParser, profile: str) -> None:
-        added.add_argument("--corpus", default="sample", help="sample, cornell, or a zip, folder or jsonl")
-        added.add_argument("--profile", default=profile, help="a name in notebooks/profiles, or a YAML file")
-        added.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
-
-    training = command(train)
-    data(training, "sample")
-    training.add_argument("--wandb", type=known_mode, default="off", help="off, offline or online")
-    training.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
-    for function in (sweep, sweep_worker):
-        added = command(function)
-        data(added, "sweep")
-        added.add_argument(
-            "--wandb", type=known_mode, help="off, offline or online; otherwise online where there is a login"
-        )
+    training = command(train, "sample")
+    training.add_argument("--wandb", default="off", **modes)
+    begin = training.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    begin.add_argument("--fresh", action="store_true", help="start over; a checkpoint there is kept under another name")
+    planning, joining, choosing = command(sweep, "sweep"), command(sweep_worker, "sweep"), command(best)
+    planning.add_argument("file", type=Path, help="a W&B sweep file")
+    planning.add_argument("--trials", type=_count, help="how many; otherwise the file's run_cap")
+    for added in (planning, joining):
+        added.add_argument("--wandb", **modes)  # without it, online where there is a login
+    for added in (joining, choosing):
+        added.add_argument("sweep", help="the sweep's id")
+    for added in (planning, joining, choosing):
         added.add_argument("--storage", default="", help="a database's URL, for several machines")
-        if function is sweep:
-            added.add_argument("file", type=Path, help="a W&B sweep file")
-            added.add_argument("--trials", type=_count, help="how many; otherwise the file's run_cap")
-        else:
-            added.add_argument("sweep", help="the sweep's id")
-    added = command(trial, default=os.environ.get("CHATBOT_RUN", "runs/sweep"))
-    added.add_argument("--wandb", type=known_mode, default="online", help="off, offline or online")
-    added.add_argument("set", nargs="*", metavar="name=value", help="settings to change")
-    added = command(best)
-    added.add_argument("sweep", help="the sweep's id")
-    added.add_argument("--storage", default="", help="a database's URL, for several machines")
-    added.add_argument("--results", type=_file, metavar="PATH", help="write PATH.json and PATH.csv")
-    added.add_argument("--seeds", type=_count, default=3, help="of the comparison with the starting point")
+    one = command(trial, run=os.environ.get("CHATBOT_RUN", "runs/sweep"))
+    one.add_argument("--wandb", default="online", **modes)
+    one.add_argument("set", nargs="*", metavar="name=value", help="settings to change")
     command(score).add_argument("pairs", type=Path, metavar="PAIRS.tsv", help="lines of query, tab, response")
-    for function in (latency, bench):
-        command(function).add_argument("--json", type=_file, metavar="FILE", help="write the figures here too")
+    command(latency).add_argument("--json", type=_file, metavar="FILE", help="write the figures here too")
     talking = command(chat)
     talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
     talking.add_argument("--seed", type=int, default=0, help="of mmi and sampling")

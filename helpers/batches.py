@@ -1,9 +1,8 @@
 """Exchanges to tensors: filters, split, vocabulary, and seeded batches of similar length."""
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import random
 from collections import Counter
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.corpus import DATA, Corpus, Exchange, fingerprint, locate, read_corpus
-from helpers.run import code_of, digest, need, no_collection, read_tensors, shown, write_tensors
-from helpers.settings import DATA_SETTINGS, Settings, UserError, refusing
-from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise_all
+from helpers.corpus import Corpus, Exchange
+from helpers.run import digest, display_path, no_garbage_collection, read_tensors, write_tensors
+from helpers.settings import DATA_SETTINGS, Settings, UserError, user_errors
+from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise
 
 SPLITS = ("train", "validation", "test")
-FORMAT = 2  # of data.pt
-CACHED = 5  # corpora that are kept prepared
+FORMAT = 3  # of data.pt
 BUCKET = 50  # batches whose examples are sorted by length together
 
 
@@ -39,11 +37,9 @@ class Batch(NamedTuple):
         """(batch, response time): True where there is a real token, which is where the loss counts."""
         return self.targets != PAD
 
-    def dropped(self, query_share: float, word_share: float) -> Batch:
-        """The batch with a share of its queries replaced by silence, and of its words (not the targets) by UNK.
-
-        Both are drawn from torch's global random numbers, of which none are used where the share is 0.
-        """
+    def with_dropout(self, query_share: float, word_share: float) -> "Batch":
+        """The batch with a share of its queries replaced by silence, and of its words (not the targets) by UNK. Both
+        are drawn from torch's global random numbers, of which none are used where the share is 0."""
         query, lengths, inputs = self.query, self.query_lengths, self.inputs
         if word_share:
             query, inputs = (
@@ -69,27 +65,16 @@ class Pairs:
     response_lengths: Tensor  # (examples,), EOS counted
 
     @classmethod
-    def from_words(cls, pairs: list[tuple[list[str], list[str]]], vocabulary: Vocabulary) -> Pairs:
+    def from_words(cls, pairs: list[tuple[list[str], list[str]]], vocabulary: Vocabulary) -> "Pairs":
         """Encode (query words, response words). A query of no words is silence: EOS alone."""
-        return cls.from_ids(*(_encoded([pair[side] for pair in pairs], vocabulary) for side in (0, 1)))
-
-    @classmethod
-    def from_ids(cls, queries: np.ndarray, responses: np.ndarray) -> Pairs:
-        """The same from (examples, words) with PAD after the last word of each."""
-        queries = np.pad(queries, ((0, 0), (0, int(queries.shape[1] == 0))), constant_values=PAD)
-        queries[queries[:, 0] == PAD, 0] = EOS
-        responses = np.pad(responses, ((0, 0), (0, 1)), constant_values=PAD)
-        lengths = (responses != PAD).sum(1)
-        responses[np.arange(len(responses)), lengths] = EOS
-        query_lengths, lengths = (queries != PAD).sum(1), lengths + 1
-        queries = np.ascontiguousarray(queries[:, : query_lengths.max(initial=0)])
-        responses = np.ascontiguousarray(responses[:, : lengths.max(initial=0)])
-        return cls(*map(torch.from_numpy, (queries, query_lengths, responses, lengths)))
+        queries = [vocabulary.encode(query) or [EOS] for query, _ in pairs]
+        responses = [[*vocabulary.encode(response), EOS] for _, response in pairs]
+        return cls(*_padded(queries), *_padded(responses))
 
     def __len__(self) -> int:
         return len(self.queries)
 
-    def to(self, device: torch.device) -> Pairs:
+    def to(self, device: torch.device) -> "Pairs":
         """The same with the ids on a device; the lengths stay on the CPU, where batches are planned."""
         return dataclasses.replace(self, queries=self.queries.to(device), responses=self.responses.to(device))
 
@@ -103,14 +88,9 @@ class Pairs:
         start = torch.full_like(targets[:, :1], SOS)
         return Batch(query, lengths, torch.cat([start, targets[:, :-1]], dim=1), targets)
 
-    def first(self, count: int) -> Pairs:
+    def first(self, count: int) -> "Pairs":
         """The first `count` examples."""
         return Pairs(*(getattr(self, field.name)[:count] for field in dataclasses.fields(self)))
-
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """All examples once, those of similar length together: for evaluation, where order does not matter."""
-        for indices in self.order().split(batch_size):
-            yield self.batch(indices)
 
     def order(self) -> Tensor:
         """Indices by rising response length, then query length."""
@@ -123,11 +103,9 @@ class Pairs:
 
 
 class BucketedSampler:
-    """Seeded batches of similar length, a pure function of (seed, epoch): nothing to save for an exact resume.
-
-    Each epoch is shuffled, cut into buckets of 50 batches, each bucket sorted by length and cut into batches, and
-    the batches shuffled. Every example comes once an epoch.
-    """
+    """Seeded batches of similar length, a pure function of (seed, epoch): nothing to save for an exact resume. Each
+    epoch is shuffled, cut into buckets of 50 batches, each bucket sorted by length and cut into batches, and the
+    batches shuffled. Every example comes once an epoch."""
 
     def __init__(self, pairs: Pairs, batch_size: int, seed: int) -> None:
         self.keys = pairs.keys
@@ -158,132 +136,90 @@ class Prepared:
     settings: Settings
     vocabulary: Vocabulary
     splits: dict[str, Pairs]
-    texts: dict[str, list[tuple[str, str]]]  # validation and test, as normalised text with every word, no context
-    report: dict[str, int]  # exchanges after each filter
+    texts: dict[str, list[tuple[str, str]]]  # validation and test as normalised text, no context
+    report: dict[str, int]  # exchanges read, dropped by each filter, and kept in each part
     counts: Counter[str]  # training words
     corpus: dict[str, str | int]
     digest: str  # of the corpus and the data settings
 
     def save(self, path: Path) -> None:
-        state = {
-            "format": FORMAT,
-            "settings": self.settings.to_dict(),
-            "vocabulary": self.vocabulary.to_json(),
-            "splits": {name: vars(pairs) for name, pairs in self.splits.items()},
-            "texts": json.dumps(self.texts),  # as text, which loads many times faster than as objects
-            "report": self.report,
-            "counts": json.dumps(self.counts),
-            "corpus": self.corpus,
-            "digest": self.digest,
-        }
-        write_tensors(path, state)
+        state = vars(self) | {"settings": self.settings.to_dict()}
+        state |= {"vocabulary": self.vocabulary.to_json(), "splits": {name: vars(p) for name, p in self.splits.items()}}
+        # As text, which loads many times faster than as objects.
+        write_tensors(path, FORMAT, state | {"texts": json.dumps(self.texts), "counts": json.dumps(self.counts)})
 
     @classmethod
-    def load(cls, path: Path) -> Prepared:
+    def load(cls, path: Path) -> "Prepared":
         """What `save` wrote. Raises UserError if the file is missing, damaged or of another format."""
-        need(path, "notebook 01_data_preparation")
-        again = "Delete it and prepare the data again."
-        state = read_tensors(path, again)
-        if state.get("format") != FORMAT:
-            raise UserError(f"{shown(path)} is not of format {FORMAT}. {again}")
+        state = read_tensors(path, FORMAT, "notebook 01_data_preparation")
         kinds = (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError)
-        with refusing(f"{shown(path)} is incomplete", again, *kinds):
-            return cls(
-                Settings().change(**state["settings"]),
-                Vocabulary.from_json(state["vocabulary"]),
-                {name: Pairs(**tensors) for name, tensors in state["splits"].items()},
-                {name: [tuple(pair) for pair in pairs] for name, pairs in json.loads(state["texts"]).items()},
-                state["report"],
-                Counter(json.loads(state["counts"])),
-                state["corpus"],
-                state["digest"],
-            )
+        with user_errors(f"{display_path(path)} is incomplete", "Delete it and prepare the data again.", *kinds):
+            texts = {name: [tuple(pair) for pair in pairs] for name, pairs in json.loads(state.pop("texts")).items()}
+            splits = {name: Pairs(**tensors) for name, tensors in state.pop("splits").items()}
+            settings, vocabulary = Settings(**state.pop("settings")), Vocabulary.from_json(state.pop("vocabulary"))
+            counts = Counter(json.loads(state.pop("counts")))
+            return cls(settings, vocabulary, splits, texts, counts=counts, **state)
 
 
-def prepared_data(source: str | Path, settings: Settings) -> Prepared:
-    """`prepare(read_corpus(source), settings)`, kept in `data/cache` under a key of the files, settings and code.
+class Tokenised(NamedTuple):
+    """An exchange in words, with the query's own predecessor in the conversation, if any."""
 
-    The cache holds the last few corpora that were prepared, and can be deleted at any time.
-    """
-    path, name = locate(source)
-    choices = repr([getattr(settings, name) for name in DATA_SETTINGS])
-    key = digest(fingerprint(path), name, choices, *code_of("corpus", "text", "batches"))
-    cached = DATA / "cache" / f"{key}.pt"
-    with contextlib.suppress(UserError):  # not there, or damaged: made anew
-        return dataclasses.replace(Prepared.load(cached), settings=settings)
-    prepared = prepare(read_corpus(source), settings)
-    with contextlib.suppress(UserError, OSError):  # without room or leave to write, the next run prepares anew
-        prepared.save(cached)
-        for old in sorted(cached.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime)[:-CACHED]:
-            old.unlink()
-    return prepared
+    before: list[str]
+    query: list[str]
+    response: list[str]
+
+    def known(self, vocabulary: Vocabulary) -> bool:
+        return all(word in vocabulary for word in self.query + self.response)
 
 
-@no_collection()
+@no_garbage_collection()
 def prepare(corpus: Corpus, settings: Settings) -> Prepared:
-    """Tokenise, filter, split by movie, build the vocabulary from the training part alone, encode.
+    """Tokenise, filter, split by movie, build the vocabulary from the training part alone, encode. Raises UserError if
+    nothing, or too little to split in three, is left."""
+    exchanges, split_words = corpus.exchanges, functools.cache(tokenise)  # a line is often a response and then a query
+    part_of = split(exchanges, settings.held_out_share, settings.seed)
+    report = {"exchanges": len(exchanges), "no word left": 0, "response too long": 0, "query too long": 0}
+    kept: dict[str, list[Tokenised]] = {name: [] for name in SPLITS}
+    openers: list[Tokenised] = []
+    before, conversation = [], None
+    for exchange in exchanges:
+        query, response = split_words(exchange.query), split_words(exchange.response)
+        part = part_of[exchange.movie]
+        if exchange.conversation != conversation:
+            before, conversation = [], exchange.conversation
+            if settings.openers and part == "train" and 0 < len(query) <= settings.max_response_words:
+                openers.append(Tokenised([], [], query))
+        if not query or not response:
+            report["no word left"] += 1
+        elif len(response) > settings.max_response_words:
+            report["response too long"] += 1
+        elif len(query) > settings.max_query_words and settings.long_queries == "drop":
+            report["query too long"] += 1
+        else:  # of a long query the end says most about the response
+            kept[part].append(Tokenised(before, query[-settings.max_query_words :], response))
+        before = query
 
-    Raises UserError if nothing, or too little to split in three, is left.
-    """
-    exchanges = corpus.exchanges
-    lines = _Lines(exchanges)
-    query_words, response_words = lines.lengths[lines.queries], lines.lengths[lines.responses]
-    empty = (query_words == 0) | (response_words == 0)
-    long_response = ~empty & (response_words > settings.max_response_words)
-    long_query = ~empty & ~long_response & (query_words > settings.max_query_words)
-    if settings.long_queries == "cut":  # of a long query the end says most about the response
-        long_query[:] = False
-    kept = ~(empty | long_response | long_query)
-    report = {"exchanges": len(exchanges), "no word left": int(empty.sum())}
-    report |= {"response too long": int(long_response.sum()), "query too long": int(long_query.sum())}
-
-    chosen = split(exchanges, settings.held_out_share, settings.seed)
-    part_of = np.fromiter((SPLITS.index(chosen[exchange.movie]) for exchange in exchanges), np.int8, len(exchanges))
-    rows = np.flatnonzero(kept)
-    queries = lines.matrix(lines.queries[rows], settings.max_query_words)
-    responses = lines.matrix(lines.responses[rows], settings.max_response_words)
-    said = [side[part_of[rows] == 0] for side in (queries, responses)]
-    totals = sum(np.bincount(side[side >= 0], minlength=len(lines.words)) for side in said)
-    counts = Counter({word: int(total) for word, total in zip(lines.words, totals, strict=True) if total})
+    counts = Counter(itertools.chain.from_iterable(line.query + line.response for line in kept["train"]))
     vocabulary = Vocabulary.from_counts(counts, settings.min_count)
-    ids = np.array([*vocabulary.encode(lines.words), PAD], np.int32)  # number -1, which is padding, finds the last
-    queries, responses = ids[queries], ids[responses]
     if settings.rare_words == "drop":
-        known = ~((queries == UNK).any(1) | (responses == UNK).any(1))
-        report["rare word"] = int((~known).sum())
-        rows, queries, responses = rows[known], queries[known], responses[known]
-    encoded, parts = {}, {}
-    for number, name in enumerate(SPLITS):
-        here = part_of[rows] == number
-        if not here.any():
-            raise UserError(
-                f"No exchange is left for {name}: {report}. Give a larger corpus, or settings that drop less."
-            )
-        report[name] = int(here.sum())
-        parts[name], encoded[name] = rows[here], [queries[here], responses[here]]
-        if settings.context_words:
-            encoded[name][0] = lines.in_context(exchanges, parts[name], settings, vocabulary)
+        known = {name: [line for line in part if line.known(vocabulary)] for name, part in kept.items()}
+        report["rare word"] = sum(map(len, kept.values())) - sum(map(len, known.values()))
+        kept, openers = known, [line for line in openers if line.known(vocabulary)]
+    report |= {name: len(part) for name, part in kept.items()}
+    if not all(kept.values()):
+        raise UserError(f"Too little is left to split: {report}. Give a larger corpus, or settings that drop less.")
+    texts = {name: [(" ".join(line.query), " ".join(line.response)) for line in kept[name]] for name in SPLITS[1:]}
     if settings.openers:
-        first = {exchange.conversation: number for number, exchange in reversed([*enumerate(exchanges)])}.values()
-        openers = lines.queries[[number for number in first if part_of[number] == 0]]
-        openers = openers[(lines.lengths[openers] > 0) & (lines.lengths[openers] <= settings.max_response_words)]
-        opening = ids[lines.matrix(openers, settings.max_response_words)]
-        if settings.rare_words == "drop":
-            opening = opening[~(opening == UNK).any(1)]
-        silence = np.zeros((len(opening), 0), np.int32)
-        encoded["train"] = [_below(*two) for two in zip(encoded["train"], (silence, opening), strict=True)]
-        report["openers"] = len(opening)
-    choices = {name: getattr(settings, name) for name in DATA_SETTINGS}
-    return Prepared(
-        settings,
-        vocabulary,
-        {name: Pairs.from_ids(*sides) for name, sides in encoded.items()},
-        {name: lines.texts(parts[name], settings) for name in SPLITS[1:]},
-        report,
-        counts,
-        {"name": corpus.name, "digest": corpus.digest, "lines": corpus.lines, "conversations": corpus.conversations},
-        digest(corpus.digest, repr(sorted(choices.items())), str(FORMAT)),
-    )
+        report["openers"] = len(openers)
+        kept["train"] += openers
+    pairs = {}
+    for name, part in kept.items():
+        words = [(with_context(line.before, line.query, settings.context_words), line.response) for line in part]
+        pairs[name] = Pairs.from_words(words, vocabulary)
+    source = {name: getattr(corpus, name) for name in ("name", "digest", "lines", "conversations")}
+    choices = [getattr(settings, name) for name in DATA_SETTINGS]
+    made_from = digest(corpus.digest, repr(choices), str(FORMAT))
+    return Prepared(settings, vocabulary, pairs, texts, report, counts, source, made_from)
 
 
 def with_context(before: list[str], query: list[str], context_words: int) -> list[str]:
@@ -292,11 +228,9 @@ def with_context(before: list[str], query: list[str], context_words: int) -> lis
 
 
 def split(exchanges: list[Exchange], share: float, seed: int) -> dict[str, str]:
-    """Each movie's part, train, validation or test, chosen by seed: a movie goes wholly into one of them.
-
-    Test and validation get at least `share` of the exchanges each. All exchanges count, also those that the filters
-    drop, so that models trained with different filters are held to the same movies.
-    """
+    """Each movie's part, train, validation or test, chosen by seed: a movie goes wholly into one of them. Test and
+    validation get at least `share` of the exchanges each. All exchanges count, also those that the filters drop, so
+    that models trained with different filters are held to the same movies."""
     sizes = Counter(exchange.movie for exchange in exchanges)
     movies = sorted(sizes)
     random.Random(seed).shuffle(movies)
@@ -310,71 +244,9 @@ def split(exchanges: list[Exchange], share: float, seed: int) -> dict[str, str]:
     return chosen
 
 
-def padding_share(batches: list[Tensor], pairs: Pairs) -> float:
-    """The share of places, in queries and responses, that would hold padding in these batches (tensors of indices)."""
-    lengths = [side[indices] for indices in batches for side in (pairs.query_lengths, pairs.response_lengths)]
-    places = sum(int(part.max()) * len(part) for part in lengths)
-    return 1 - sum(int(part.sum()) for part in lengths) / places
-
-
-class _Lines:
-    """All lines of a corpus, every different one tokenised once, and those that each exchange is made of."""
-
-    def __init__(self, exchanges: list[Exchange]) -> None:
-        numbers: dict[str, int] = {}
-        self.queries = np.array([numbers.setdefault(exchange.query, len(numbers)) for exchange in exchanges], np.int64)
-        self.responses = np.array(
-            [numbers.setdefault(exchange.response, len(numbers)) for exchange in exchanges], np.int64
-        )
-        self.stream, self.lengths, self.words = tokenise_all(list(numbers))
-        self.ends = np.cumsum(self.lengths)
-
-    def matrix(self, lines: np.ndarray, most: int) -> np.ndarray:
-        """The last `most` words of some lines by their numbers, (lines, words), with -1 after the last of each."""
-        lengths = np.minimum(self.lengths[lines], most)
-        return _matrix(self.stream, self.ends[lines] - lengths, lengths, -1)
-
-    def last_words(self, line: int, most: int) -> list[str]:
-        """The last `most` words of a line."""
-        end, length = self.ends[line], self.lengths[line]
-        return [self.words[word] for word in self.stream[end - min(length, most) : end].tolist()]
-
-    def texts(self, rows: np.ndarray, settings: Settings) -> list[tuple[str, str]]:
-        """Queries, cut, and responses of some exchanges as normalised text."""
-        most = (settings.max_query_words, settings.max_response_words)
-        sides = (self.queries, self.responses)
-        return [tuple(" ".join(self.last_words(side[i], n)) for side, n in zip(sides, most, strict=True)) for i in rows]
-
-    def in_context(
-        self, exchanges: list[Exchange], rows: np.ndarray, settings: Settings, vocabulary: Vocabulary
-    ) -> np.ndarray:
-        """The queries of some exchanges with the line before each, where there is one, as ids."""
-        queries = []
-        for i in rows:
-            query, before = self.last_words(self.queries[i], settings.max_query_words), []
-            if i and exchanges[i - 1].conversation == exchanges[i].conversation:
-                before = self.last_words(self.queries[i - 1], settings.context_words)
-            queries.append(with_context(before, query, settings.context_words))
-        return _encoded(queries, vocabulary)
-
-
-def _below(*matrices: np.ndarray) -> np.ndarray:
-    """Rows of ids one below the other, as wide as the widest."""
-    widest = max(matrix.shape[1] for matrix in matrices)
-    wide = [np.pad(matrix, ((0, 0), (0, widest - matrix.shape[1])), constant_values=PAD) for matrix in matrices]
-    return np.concatenate(wide)
-
-
-def _encoded(texts: list[list[str]], vocabulary: Vocabulary) -> np.ndarray:
-    """Lists of words as rows of ids, filled up with PAD."""
-    ids = np.array([index for words in texts for index in vocabulary.encode(words)], np.int32)
-    lengths = np.array([len(words) for words in texts], np.int64)
-    return _matrix(ids, np.cumsum(lengths) - lengths, lengths, PAD)
-
-
-def _matrix(stream: np.ndarray, starts: np.ndarray, lengths: np.ndarray, filler: int) -> np.ndarray:
-    """Pieces of a stream as the rows of a matrix, filled up with `filler`."""
-    rows = np.full((len(lengths), lengths.max(initial=0)), filler, np.int32)
-    places = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-    rows[np.arange(rows.shape[1]) < lengths[:, None]] = stream[places]
-    return rows
+def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Lists of ids as one tensor (rows, longest) filled up with PAD, and their lengths (rows,)."""
+    lengths = np.array([len(row) for row in rows], np.int64)
+    matrix = np.full((len(rows), lengths.max(initial=0)), PAD, np.int32)
+    matrix[np.arange(matrix.shape[1]) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+    return torch.from_numpy(matrix), torch.from_numpy(lengths)

@@ -1,7 +1,5 @@
 """Talking to the bot: text in, reply out; one function behind the terminal's and the notebook's face."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -13,14 +11,13 @@ from typing import TextIO
 import torch
 
 from helpers.batches import with_context
-from helpers.checkpoint import load_model
 from helpers.decoding import attention_weights, beam_search, greedy, mmi, sample
 from helpers.model import Seq2Seq
 from helpers.run import Run
 from helpers.settings import Settings, UserError
 from helpers.text import EOS, UNK, Vocabulary, spell, tokenise
+from helpers.training import load_model
 
-DECODERS = ("mmi", "greedy", "beam", "sampling")
 LONGEST_LINE = 10_000  # characters of a line that are read, from its end
 NOTHING_SAID = "Say something, and I will answer."
 NO_WORDS = "I understand words in Latin letters only. Try a sentence?"
@@ -45,53 +42,49 @@ class Chatbot:
     settings: Settings
 
     @classmethod
-    def load(cls, run: Run, device: torch.device) -> Chatbot:
+    def load(cls, run: Run, device: torch.device) -> "Chatbot":
         """The bot of a run's checkpoint. Raises UserError if there is none."""
         return cls(*load_model(run.checkpoint, device))
 
-    @property
-    def decoders(self) -> tuple[str, ...]:
-        """The decoders that this model can serve, the recommended one first."""
-        return DECODERS if self.settings.query_dropout > 0 else DECODERS[1:]
-
     def reply(self, text: str, decoder: str = "", seed: int = 0, temperature: float = 0.8, before: str = "") -> Reply:
         """Answer any text; what holds no word gets a kind one. Without a decoder's name the recommended one is used.
-
         `before` is the line before it, the bot's last reply, which a model trained with `context_words` reads too.
         `seed` counts for mmi and sampling, `temperature` for sampling. Raises UserError for a decoder that is not
-        known, or that needs what the model was not trained for, and for a temperature below 0.
-        """
+        known, or that needs what the model was not trained for, and for a temperature below 0."""
         query = tokenise(text[-LONGEST_LINE:])[-self.settings.max_query_words :]
-        search = self.search(decoder or self.decoders[0], seed, temperature)
+        search = self.search(decoder, seed, temperature)
         if not query:
             return Reply(NO_WORDS if text.strip() else NOTHING_SAID, [], [])
         query = with_context(tokenise(before), query, self.settings.context_words)
-        said = search(self.model, *self._encode(query), self.settings.max_response_words + 1)
-        words = self.vocabulary.decode(said[0].tolist())
+        ids = search(self.model, *self._encode(query), self.settings.max_response_words + 1)
+        words = self.vocabulary.decode(ids[0].tolist())
         return Reply(spell(words) or NO_ANSWER, words, query)
 
-    def search(self, decoder: str, seed: int = 0, temperature: float = 0.8) -> Callable[..., torch.Tensor]:
-        """A decoder by its name, as a function of model, query, lengths and max_words."""
-        if decoder not in DECODERS:
-            raise UserError(f"There is no decoder {decoder!r}; there are {', '.join(self.decoders)}.")
-        if decoder not in self.decoders:
-            raise UserError(
-                "Decoder 'mmi' must know how likely a reply is by itself, which this model was not trained to tell. "
-                f"Use {', '.join(self.decoders)}, or train with query_dropout=0.1."
-            )
+    def decoders(self, seed: int = 0, temperature: float = 0.8) -> dict[str, Callable[..., torch.Tensor]]:
+        """This model's decoders, the recommended one first: functions of model, query, lengths and max_words."""
         searches = {
             "mmi": functools.partial(mmi, seed=seed),
             "greedy": greedy,
             "beam": functools.partial(beam_search, beam=5),
             "sampling": functools.partial(sample, temperature=temperature, top_p=0.9, seed=seed),
         }
-        return searches[decoder]
+        if self.settings.query_dropout == 0:  # it has not learnt how likely a reply is by itself
+            del searches["mmi"]
+        return searches
+
+    def search(self, decoder: str, seed: int = 0, temperature: float = 0.8) -> Callable[..., torch.Tensor]:
+        """The decoder of that name, or the recommended one for an empty name. Raises UserError if there is none."""
+        searches = self.decoders(seed, temperature)
+        if decoder and decoder not in searches:
+            hint = " It must know how likely a reply is by itself: train with query_dropout=0.1." * (decoder == "mmi")
+            raise UserError(f"There is no decoder {decoder!r} here; there are {', '.join(searches)}.{hint}")
+        return searches[decoder or next(iter(searches))]
 
     def attention(self, reply: Reply) -> tuple[list[str], list[str], torch.Tensor]:
         """Query words, reply words with EOS, and the weights (reply words, query words) between them."""
         ids, lengths = self._encode(reply.query)
-        said = torch.tensor([[*self.vocabulary.encode(reply.words), EOS]], device=ids.device)
-        weights = attention_weights(self.model, ids, lengths, said)[0].cpu()
+        spoken = torch.tensor([[*self.vocabulary.encode(reply.words), EOS]], device=ids.device)
+        weights = attention_weights(self.model, ids, lengths, spoken)[0].cpu()
         query = [word if word in self.vocabulary else self.vocabulary.words[UNK] for word in reply.query]
         return query, [*reply.words, self.vocabulary.words[EOS]], weights
 
@@ -100,9 +93,7 @@ class Chatbot:
         return torch.tensor([self.vocabulary.encode(query)], device=device), torch.tensor([len(query)])
 
 
-def converse(
-    bot: Chatbot, lines: Iterable[str], out: TextIO, decoder: str = "", seed: int = 0, raw: bool = False
-) -> None:
+def converse(bot: Chatbot, lines: Iterable[str], out: TextIO, decoder: str = "", seed: int = 0, raw=False) -> None:
     """A line in, a reply out, until the lines end or one of them is /quit; /attention shows what the last looked at."""
     reply = None
     for number, line in enumerate(lines):
@@ -119,18 +110,15 @@ def heat_map(bot: Chatbot, reply: Reply | None) -> str:
     """The attention weights of a reply in percent: a line a word of the reply, a column a word of the query."""
     if reply is None or not reply.query:
         return "There is no reply with words to look at yet."
-    query, said, weights = bot.attention(reply)
-    margin = max(map(len, said))
-    lines = [" " * margin + "".join(f" {word:>3}" for word in query)]
-    for word, row in zip(said, weights.tolist(), strict=True):
-        cells = (f" {100 * weight:>{max(len(column), 3)}.0f}" for weight, column in zip(row, query, strict=True))
-        lines.append(f"{word:>{margin}}" + "".join(cells))
-    return "\n".join(lines)
+    import pandas as pd  # here, since only this takes it
+
+    query, words, weights = bot.attention(reply)
+    return pd.DataFrame((100 * weights).round().int().numpy(), words, query).to_string()
 
 
 def terminal(bot: Chatbot, decoder: str = "", seed: int = 0, raw: bool = False) -> None:
     """Talk in a terminal, or in a pipe when the input is none."""
-    bot.search(decoder or bot.decoders[0])  # a wrong name is told before the first line is read
+    bot.search(decoder)  # a wrong name is refused before the first line is read
     sys.stdin.reconfigure(errors="replace", newline="\n")  # a lone carriage return ends no line
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # a Python without it has no history, and else works
@@ -149,11 +137,9 @@ def _bounded(file: TextIO) -> Iterable[str]:
 
 
 def _prompted() -> Iterable[str]:
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             yield input("> ")
-        except EOFError:
-            return
 
 
 def chat_box(bot: Chatbot):
@@ -165,34 +151,34 @@ def chat_box(bot: Chatbot):
     history = widgets.HTML()
     line = widgets.Text(placeholder="Say something and press Enter", continuous_update=False)
     line.layout.width = "36em"
-    decoder = widgets.Dropdown(options=bot.decoders, layout=widgets.Layout(width="8em"))
+    decoder = widgets.Dropdown(options=list(bot.decoders()), layout=widgets.Layout(width="8em"))
     temperature = widgets.FloatSlider(0.8, min=0, max=1.5, step=0.1, description="temperature", disabled=True)
     temperature.style.description_width = "initial"
     look = widgets.Button(description="Show attention", disabled=True)
-    anew = widgets.Button(description="New conversation")
+    restart = widgets.Button(description="New conversation")
     picture = widgets.Image(layout=widgets.Layout(display="none", width="32em"))
-    said: list[Reply] = []
+    replies: list[Reply] = []
 
     def answer(change) -> None:
         if not change["new"]:  # our own emptying of the line
             return
-        before = said[-1].text if said else ""
-        said.append(bot.reply(line.value, decoder.value, len(said), temperature.value, before))
-        you, reply = html.escape(line.value[:500]), html.escape(said[-1].text)
+        before = replies[-1].text if replies else ""
+        replies.append(bot.reply(line.value, decoder.value, len(replies), temperature.value, before))
+        you, reply = html.escape(line.value[:500]), html.escape(replies[-1].text)
         history.value += f"<div><b>you</b> {you}</div><div class='chat-bot'><b>bot</b> {reply}</div>"
-        line.value, look.disabled, picture.layout.display = "", not said[-1].query, "none"
+        line.value, look.disabled, picture.layout.display = "", not replies[-1].query, "none"
 
     def show_attention(_) -> None:
-        query, words, weights = bot.attention(said[-1])
+        query, words, weights = bot.attention(replies[-1])
         picture.value = plots.png(plots.attention(query, words, weights.numpy()).figure)
         picture.layout.display = "block"
 
-    def begin_anew(_) -> None:
-        said.clear()
+    def start_over(_) -> None:
+        replies.clear()
         history.value, look.disabled, picture.layout.display = "", True, "none"
 
     line.observe(answer, "value")
     decoder.observe(lambda change: setattr(temperature, "disabled", change["new"] != "sampling"), "value")
     look.on_click(show_attention)
-    anew.on_click(begin_anew)
-    return widgets.VBox([history, line, widgets.HBox([decoder, temperature, look, anew]), picture])
+    restart.on_click(start_over)
+    return widgets.VBox([history, line, widgets.HBox([decoder, temperature, look, restart]), picture])

@@ -1,14 +1,9 @@
 """From logits to words: greedy search, beam search, sampling and MMI. PAD, SOS and UNK are never spoken."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from helpers.batches import Pairs
+from helpers.evaluation import log_probability
 from helpers.model import Memory, Seq2Seq, State
 from helpers.settings import UserError
 from helpers.text import EOS, PAD, SOS, UNK
@@ -25,29 +20,26 @@ class GreedySearch(nn.Module):
         self.register_buffer("never", never, persistent=False)
 
     def forward(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
-        """query (batch, query time), lengths (batch,) on the CPU.
-
-        Returns ids (batch, at most max_words), EOS and then PAD after a reply's end. On a GPU, where looking whether
-        all replies have ended makes the CPU wait, only every fourth step looks: up to three columns of PAD more.
-        Raises UserError (torch.jit.Error once scripted) for a query of no words.
-        """
+        """query (batch, query time), lengths (batch,) on the CPU to ids (batch, at most max_words), PAD after EOS. On a
+        GPU, where looking whether all replies have ended makes the CPU wait, only every fourth step looks: up to three
+        columns of PAD more. Raises UserError (torch.jit.Error once scripted) for a query of no words."""
         if int(lengths.min()) < 1:
             raise UserError("A query has no words, and silence is EOS alone: give each row a length of at least 1.")
         every = 4 if query.is_cuda else 1
         memory, state = self.model.encode(query, lengths)
-        said = query.new_full((query.size(0), max_words), self.pad)
+        spoken = query.new_full((query.size(0), max_words), self.pad)
         words = torch.full_like(query[:, 0], self.sos)
         ended = torch.zeros_like(words, dtype=torch.bool)
         steps = 0
         for step in range(max_words):
             logits, state = self.model.step(words, state, memory)
             words = logits.add_(self.never).argmax(1).masked_fill_(ended, self.pad)
-            said[:, step] = words
+            spoken[:, step] = words
             ended.logical_or_(words == self.eos)
             steps = step + 1
             if steps % every == 0 and bool(ended.all()):
                 break
-        return said[:, :steps]
+        return spoken[:, :steps]
 
 
 def never_spoken(words: int) -> Tensor:
@@ -67,12 +59,9 @@ def greedy(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int) -> Te
 def beam_search(
     model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, beam: int = 5, length_penalty: float = 1.0
 ) -> Tensor:
-    """Ids (batch, at most max_words) of the replies with the best log-probability / words ** length_penalty.
-
-    `beam` partial replies a query are kept. A reply that ends joins the finished ones, of which the best is
-    returned; a query's search is over when `beam` have finished. One beam is greedy search.
-    Raises UserError if beam is not at least 1.
-    """
+    """Ids (batch, at most max_words) of the replies with the best log-probability / words ** length_penalty. `beam`
+    partial replies a query are kept. A reply that ends joins the finished ones, of which the best is returned; a
+    query's search is over when `beam` have finished. One beam is greedy search. Raises UserError if there is none."""
     if beam < 1:
         raise UserError(f"A beam search keeps at least 1 partial reply, not {beam}.")
     batch, vocabulary = len(query), model.output.out_features
@@ -83,14 +72,12 @@ def beam_search(
     state = State(state.hidden[:, rows], state.attentional[rows])
     never = never_spoken(vocabulary).to(query.device)
     first = torch.arange(batch, device=query.device).unsqueeze(1) * beam  # of each query's rows
-    words = torch.full_like(rows, SOS)
-    said = torch.empty(batch * beam, 0, dtype=torch.long, device=query.device)
+    words, partial = torch.full_like(rows, SOS), query.new_empty(batch * beam, 0)
     # At first all beams of a query are the same, so only one of them counts.
     total = torch.full((batch, beam), float("-inf"), device=query.device)
     total[:, 0] = 0.0
     best = torch.full((batch,), float("-inf"), device=query.device)
-    replies = torch.full((batch, max_words), PAD, device=query.device)
-    finished = torch.zeros(batch, dtype=torch.long, device=query.device)
+    replies, finished = query.new_full((batch, max_words), PAD), query.new_zeros(batch)
     for length in range(1, max_words + 1):
         logits, state = model.step(words, state, memory)
         log_probability = torch.log_softmax(logits.float() + never, 1).view(batch, beam, vocabulary)
@@ -106,7 +93,7 @@ def beam_search(
         better = top > best
         best = torch.where(better, top, best)
         chosen = which.unsqueeze(1)
-        sequence = torch.cat([said[origin.gather(1, chosen)[:, 0]], word.gather(1, chosen)], 1)
+        sequence = torch.cat([partial[origin.gather(1, chosen)[:, 0]], word.gather(1, chosen)], 1)
         replies[better, :length] = sequence[better]
         replies[better, length:] = PAD
         finished += ends.sum(1)
@@ -114,27 +101,19 @@ def beam_search(
             break
         total, keep = scores.masked_fill(word == EOS, float("-inf")).topk(beam, dim=1)
         rows, words = origin.gather(1, keep).flatten(), word.gather(1, keep).flatten()
-        said = torch.cat([said[rows], words.unsqueeze(1)], 1)
+        partial = torch.cat([partial[rows], words.unsqueeze(1)], 1)
         state = State(state.hidden[:, rows], state.attentional[rows])
     return replies
 
 
 @torch.no_grad()
 def sample(
-    model: Seq2Seq,
-    query: Tensor,
-    lengths: Tensor,
-    max_words: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Tensor:
-    """Ids (batch, at most max_words), each word drawn from softmax(logits / temperature).
-
-    `top_k` keeps the k likeliest words (0: all), `top_p` the fewest likeliest whose probability reaches p (nucleus
-    sampling, arXiv:1904.09751). A temperature of 0 is greedy search. Raises UserError for values out of range.
-    """
+    model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """Ids (batch, at most max_words), each word drawn from softmax(logits / temperature). `top_k` keeps the k likeliest
+    words (0: all), `top_p` the fewest likeliest whose probability reaches p (nucleus sampling, arXiv:1904.09751). A
+    temperature of 0 is greedy search. Raises UserError for values out of range."""
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         asked = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
         raise UserError(f"{asked}: the first two must not be negative, and top_p must be above 0 and at most 1.")
@@ -143,18 +122,17 @@ def sample(
     memory, state = model.encode(query, lengths)
     never = never_spoken(model.output.out_features).to(query.device)
     generator = torch.Generator(query.device).manual_seed(seed)
-    words = torch.full_like(query[:, 0], SOS)
+    words, spoken = torch.full_like(query[:, 0], SOS), []
     ended = torch.zeros_like(words, dtype=torch.bool)
-    said = []
     for _ in range(max_words):
         logits, state = model.step(words, state, memory)
         probability = filtered(torch.softmax((logits.float() + never) / temperature, 1), top_k, top_p)
         words = torch.multinomial(probability, 1, generator=generator)[:, 0].masked_fill(ended, PAD)
-        said.append(words)
+        spoken.append(words)
         ended = ended | (words == EOS)
         if bool(ended.all()):
             break
-    return torch.stack(said, 1)
+    return torch.stack(spoken, 1)
 
 
 def filtered(probability: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -163,20 +141,6 @@ def filtered(probability: Tensor, top_k: int, top_p: float) -> Tensor:
     # A word stays if those before it do not reach top_p yet: the likeliest always does.
     ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0)
     return torch.zeros_like(probability).scatter(1, order, ranked)
-
-
-@torch.no_grad()
-def log_probability(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor) -> Tensor:
-    """ln p(reply | query), (batch,): replies (batch, time) end in EOS or are cut off, and are PAD after that."""
-    totals = []
-    for rows in torch.arange(len(query)).split(256):  # bounds the memory that logits take
-        said, mask = replies[rows], replies[rows] != PAD
-        inputs = torch.cat([torch.full_like(said[:, :1], SOS), said[:, :-1]], 1)
-        logits = model.token_logits(query[rows], lengths[rows], inputs, mask)
-        words = torch.zeros(said.shape, device=said.device)
-        words[mask] = -functional.cross_entropy(logits.float(), said[mask], reduction="none")
-        totals.append(words.sum(1))
-    return torch.cat(totals)
 
 
 def silence(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -188,11 +152,9 @@ def silence(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def mutual_information(
     model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor, weight: float = 0.85, word_reward: float = 0.5
 ) -> Tensor:
-    """ln p(T | S) - weight · ln p(T) + word_reward · |T|, (batch,): the MMI-antiLM objective of arXiv:1510.03055.
-
-    A reply that fits any query, such as "I don't know", has a high p(T) and loses; the reward keeps the shortest from
-    winning. p(T) is the same model's probability of the reply to silence, so train it with `query_dropout`.
-    """
+    """ln p(T | S) - weight · ln p(T) + word_reward · |T|, (batch,): the MMI-antiLM objective of arXiv:1510.03055. A
+    reply that fits any query, such as "I don't know", has a high p(T) and loses; the reward keeps the shortest from
+    winning. p(T) is the same model's probability of the reply to silence, so train it with `query_dropout`."""
     alone = log_probability(model, *silence(len(query), query.device), replies)
     words = (replies != PAD).sum(1)
     return log_probability(model, query, lengths, replies) - weight * alone + word_reward * words
@@ -201,20 +163,17 @@ def mutual_information(
 @torch.no_grad()
 def mmi(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, candidates: int = 16, seed: int = 0) -> Tensor:
     """Ids (batch, at most max_words): of sampled candidates the one with the most mutual information with its query.
-
     Candidates come from nucleus sampling among the hundred likeliest words; one that says two words in the same order
     twice is taken only if all do. Equal seeds give equal replies; the batch matters through the random numbers alone.
-    Raises UserError if there is not at least 1 candidate.
-    """
+    Raises UserError if there is not at least 1 candidate."""
     if candidates < 1:
         raise UserError(f"MMI chooses among at least 1 candidate, not {candidates}.")
     rows = torch.arange(len(query), device=query.device).repeat_interleave(candidates)
-    many, many_lengths = query[rows], lengths[rows.cpu()]
-    replies = sample(model, many, many_lengths, max_words, temperature=0.7, top_k=100, top_p=0.9, seed=seed)
-    scores = mutual_information(model, many, many_lengths, replies)
-    scores = scores - 1e6 * _repeats(replies)
-    best = scores.view(-1, candidates).argmax(1) + torch.arange(len(query), device=query.device) * candidates
-    return replies[best]
+    many = query[rows], lengths[rows.cpu()]
+    replies = sample(model, *many, max_words, temperature=0.7, top_k=100, top_p=0.9, seed=seed)
+    scores = mutual_information(model, *many, replies) - 1e6 * _repeats(replies)
+    best = scores.view(-1, candidates).argmax(1)
+    return replies.view(len(query), candidates, -1)[torch.arange(len(query), device=query.device), best]
 
 
 def _repeats(replies: Tensor) -> Tensor:
@@ -222,24 +181,6 @@ def _repeats(replies: Tensor) -> Tensor:
     pairs = replies[:, :-1] * (1 << 32) + replies[:, 1:]
     same = (pairs.unsqueeze(1) == pairs.unsqueeze(2)).triu(1) & (replies[:, 1:] != PAD).unsqueeze(1)
     return same.flatten(1).any(1).long()
-
-
-@torch.no_grad()
-def choice_accuracy(score: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: Pairs, others: int = 9) -> float:
-    """How often score(query, lengths, replies) ranks the true response above `others` taken from other queries.
-
-    The others are drawn by a fixed seed; guessing gives 1 / (1 + others).
-    """
-    randomness, right = torch.Generator().manual_seed(0), 0
-    for rows in torch.arange(len(pairs)).split(64):
-        shifts = torch.randint(1, len(pairs), (len(rows), others), generator=randomness)
-        chosen = torch.cat([rows.unsqueeze(1), (rows.unsqueeze(1) + shifts) % len(pairs)], 1).flatten()
-        query = rows.repeat_interleave(1 + others)
-        replies = pairs.responses[chosen.to(pairs.responses.device)].long()
-        batch = pairs.batch(query)
-        scores = score(batch.query, batch.query_lengths, replies).view(len(rows), -1)
-        right += int((scores[:, 0] >= scores.max(1).values).sum())
-    return right / len(pairs)
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """From a trained model to one that answers fast, and without this package: TorchScript, and what comes after it."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import warnings
@@ -12,41 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from helpers.decoding import GreedySearch
+from helpers.decoding import GreedySearch, never_spoken
 from helpers.model import Memory, Seq2Seq
-from helpers.run import atomic_write, need, shown
-from helpers.settings import UserError, refusing
+from helpers.run import atomic_write, display_path, require
+from helpers.settings import UserError, user_errors
 from helpers.text import EOS, PAD, SOS, Vocabulary
 
 Runner = Callable[..., tuple[Tensor, ...]]
-EXTRA_FILES = ("vocabulary.json", "limits.json")
-
-
-class Deployed(nn.Module):
-    """What is exported: the greedy search, and the scoring of given responses."""
-
-    def __init__(self, model: Seq2Seq) -> None:
-        super().__init__()
-        self.search = GreedySearch(model)
-
-    def forward(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
-        """Greedy replies, as GreedySearch gives them."""
-        return self.search(query, lengths, max_words)
-
-    @torch.jit.export
-    def token_logits(self, query: Tensor, query_lengths: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
-        """Teacher-forced logits, as Seq2Seq.token_logits gives them."""
-        return self.search.model.token_logits(query, query_lengths, inputs, mask)
 
 
 def script(model: Seq2Seq) -> torch.jit.ScriptModule:
-    """The whole greedy search as TorchScript, loop and early stop included, and the scoring beside it.
-
-    Called as scripted(query, lengths, max_words). TorchScript is deprecated in current PyTorch; the warning that
-    says so is left out here, the notebook says it in words.
-    """
+    """The whole greedy search as TorchScript, loop and early stop included. Called as scripted(query, lengths,
+    max_words); scripted.model is the scripted model, to be evaluated as any other. TorchScript is deprecated in current
+    PyTorch; the warning that says so is left out here, the notebook says it in words."""
     with warnings.catch_warnings(action="ignore"):
-        return torch.jit.script(Deployed(model).eval())
+        return torch.jit.script(GreedySearch(model).eval())
 
 
 def save_scripted(path: Path, scripted: torch.jit.ScriptModule, vocabulary: Vocabulary, max_words: int) -> None:
@@ -57,14 +35,12 @@ def save_scripted(path: Path, scripted: torch.jit.ScriptModule, vocabulary: Voca
 
 
 def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptModule, Vocabulary, int]:
-    """The module, the vocabulary and the longest reply of a file that `save_scripted` wrote.
-
-    A scripted file is a program: load only what you made or trust. Raises UserError if it is missing or damaged.
-    """
-    need(path, "notebook 07_torchscript_and_latency")
-    extra = dict.fromkeys(EXTRA_FILES, "")
+    """The module, the vocabulary and the longest reply of a file that `save_scripted` wrote. A scripted file is a
+    program: load only what you made or trust. Raises UserError if it is missing or damaged."""
+    require(path, "notebook 07_torchscript_and_latency")
+    extra = {"vocabulary.json": "", "limits.json": ""}
     kinds = (RuntimeError, ValueError, TypeError, KeyError, UserError)
-    with refusing(f"{shown(path)} cannot be loaded", "Run notebook 07 again to make it.", *kinds):
+    with user_errors(f"{display_path(path)} cannot be loaded", "Run notebook 07 again to make it.", *kinds):
         with warnings.catch_warnings(action="ignore"):
             scripted = torch.jit.load(str(path), map_location=device, _extra_files=extra)
         max_words = int(json.loads(extra["limits.json"])["max_words"])
@@ -78,30 +54,22 @@ def quantised(model: Seq2Seq) -> Seq2Seq:
 
 
 class Steps(nn.Module):
-    """`count` steps of greedy search, plain tensors in and out, nothing that depends on data: what compilers want.
-
-    The GRU is computed cell by cell, since the packed many-step one neither compiles nor exports.
-    """
+    """`count` steps of greedy search, plain tensors in and out, nothing that depends on data: what compilers want. The
+    GRU is computed cell by cell, since the packed many-step one neither compiles nor exports."""
 
     def __init__(self, model: Seq2Seq, count: int = 1) -> None:
         super().__init__()
-        self.search, self.count = GreedySearch(model).eval(), count
+        self.model, self.count = model.eval(), count
+        never = never_spoken(model.output.out_features).to(model.embedding.weight.device)
+        self.register_buffer("never", never, persistent=False)
 
     def forward(
-        self,
-        words: Tensor,
-        ended: Tensor,
-        hidden: Tensor,
-        attentional: Tensor,
-        states: Tensor,
-        keys: Tensor,
-        mask: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self, words: Tensor, ended: Tensor, hidden: Tensor, attentional: Tensor,
+        states: Tensor, keys: Tensor, mask: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """The parts of State and Memory in; ids (batch, count) out, and words, ended, hidden, attentional after them.
-
-        words (batch,) were just said, ended (batch,) is True where a reply is over.
-        """
-        model, gru, said = self.search.model, self.search.model.decoder.gru, []
+        words (batch,) were just said, ended (batch,) is True where a reply is over."""
+        model, gru, spoken = self.model, self.model.decoder.gru, []
         for _ in range(self.count):
             step, layers = model.embedding(words), []
             if model.decoder.input_feeding:
@@ -111,28 +79,24 @@ class Steps(nn.Module):
                 layers.append(step)
             hidden = torch.stack(layers)
             attentional = model.decoder.attend(step.unsqueeze(1), Memory(states, keys, mask))[0][:, 0]
-            words = (model.output(attentional) + self.search.never).argmax(1).masked_fill(ended, PAD)
+            words = (model.output(attentional) + self.never).argmax(1).masked_fill(ended, PAD)
             ended = ended | (words == EOS)
-            said.append(words)
-        return torch.stack(said, 1), words, ended, hidden, attentional
+            spoken.append(words)
+        return torch.stack(spoken, 1), words, ended, hidden, attentional
 
 
 class BlockSearch:
     """Greedy search around `Steps` that `build` has made fast; the packed encoder and the early exit stay outside.
+    Queries are padded to `longest_query`, so that `build(steps, example)` is called once a batch size."""
 
-    Queries are padded to `longest_query`, so that `build(steps, example)` is called once a batch size.
-    """
-
-    def __init__(
-        self, model: Seq2Seq, build: Callable[[Steps, tuple], Runner], longest_query: int, count: int = 1
-    ) -> None:
+    def __init__(self, model: Seq2Seq, build: Callable[..., Runner], longest_query: int, count: int = 1) -> None:
         self.steps, self.build, self.longest_query = Steps(model, count), build, longest_query
         self.runs: dict[tuple[int, int], Runner] = {}
 
     @torch.no_grad()
     def __call__(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
         """What GreedySearch takes and gives; whole blocks are computed, so PAD columns may follow the last EOS."""
-        memory, state = self.steps.search.model.encode(query, lengths)
+        memory, state = self.steps.model.encode(query, lengths)
         more = max(self.longest_query - query.size(1), 0)
         parts = [functional.pad(memory.states, (0, 0, 0, more)), functional.pad(memory.keys, (0, 0, 0, more))]
         parts.append(functional.pad(memory.mask, (0, more)))
@@ -141,13 +105,13 @@ class BlockSearch:
         shape = tuple(parts[-1].shape)
         if shape not in self.runs:
             self.runs[shape] = self.build(self.steps, (*now, *parts))
-        said = []
+        spoken = []
         for _ in range(0, max_words, self.steps.count):
             block, *now = self.runs[shape](*now, *parts)
-            said.append(block.clone())  # a captured graph writes its next block to the same place
+            spoken.append(block.clone())  # a captured graph writes its next block to the same place
             if bool(now[1].all()):
                 break
-        return torch.cat(said, 1)[:, :max_words]
+        return torch.cat(spoken, 1)[:, :max_words]
 
 
 def compiled(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
@@ -167,7 +131,7 @@ def exported(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
 
 
 def captured(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
-    """As a CUDA graph: all kernels of a block are launched at once. What is the same tensor as last time stays."""
+    """As a CUDA graph: all kernels of a block are launched at once, on tensors that stay where they are."""
     places = [part.clone() for part in example]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -178,13 +142,10 @@ def captured(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = steps(*places)
-    last: list[Tensor | None] = [None] * len(places)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        for index, (place, value) in enumerate(zip(places, inputs, strict=True)):
-            if value is not last[index] or index < 4:  # the state is new at every block, the memory at every query
-                place.copy_(value)
-            last[index] = value
+        for place, value in zip(places, inputs, strict=True):
+            place.copy_(value)
         graph.replay()
         return results
 

@@ -29,11 +29,9 @@ class State(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A bidirectional GRU over the packed query.
-
-    The two directions' outputs are summed. Each layer's two final states are bridged into the decoder's state of
-    that layer, tanh(W [forward; backward] + b), as in the appendix of arXiv:1409.0473 and for both directions.
-    """
+    """A bidirectional GRU over the packed query. The two directions' outputs are summed. Each layer's two final states
+    are bridged into the decoder's state of that layer, tanh(W [forward; backward] + b), as in the appendix of
+    arXiv:1409.0473 and for both directions."""
 
     def __init__(self, embedding_size: int, hidden_size: int, layers: int, dropout: float) -> None:
         super().__init__()
@@ -43,10 +41,8 @@ class Encoder(nn.Module):
         self.bridges = nn.ModuleList([nn.Linear(2 * hidden_size, hidden_size) for _ in range(layers)])
 
     def forward(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """embedded (batch, time, embedding), lengths (batch,) on the CPU, each at least 1.
-
-        Returns outputs (batch, time, hidden), zero at padding, and hidden (layers, batch, hidden).
-        """
+        """embedded (batch, time, embedding), lengths (batch,) on the CPU, each at least 1. Returns outputs (batch,
+        time, hidden), zero at padding, and hidden (layers, batch, hidden)."""
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         packed_outputs, h_n = self.gru(packed)
         outputs, _ = pad_packed_sequence(packed_outputs, batch_first=True, total_length=embedded.size(1))
@@ -58,11 +54,9 @@ class Encoder(nn.Module):
 
 
 class LuongAttention(nn.Module):
-    """Global attention of Luong et al., arXiv:1508.04025, section 3.1: equation 7 and the scores below it.
-
-    score(h_t, h̄_s) is h_tᵀ h̄_s (`dot`), h_tᵀ W_a h̄_s (`general`) or v_aᵀ tanh(W_a [h_t; h̄_s]) (`concat`).
-    The part that depends on h̄_s alone, W_a h̄_s, is computed once a query: `keys`.
-    """
+    """Global attention of Luong et al., arXiv:1508.04025, section 3.1: equation 7 and the scores below it. score(h_t,
+    h̄_s) is h_tᵀ h̄_s (`dot`), h_tᵀ W_a h̄_s (`general`) or v_aᵀ tanh(W_a [h_t; h̄_s]) (`concat`). The part that
+    depends on h̄_s alone, W_a h̄_s, is computed once per query: `keys`."""
 
     def __init__(self, score: str, hidden_size: int) -> None:
         super().__init__()
@@ -84,20 +78,16 @@ class LuongAttention(nn.Module):
 
     def forward(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Context vectors (batch, time, hidden) and weights (batch, time, query time) for decoder states (eq. 7).
-
-        Padding gets a score of -inf and so a weight of exactly 0: a reply does not depend on its batch.
-        """
+        Padding gets a score of -inf and so a weight of exactly 0: a reply does not depend on its batch."""
         scores = self.scores(hidden, memory.keys).masked_fill(~memory.mask.unsqueeze(1), float("-inf"))
         weights = torch.softmax(scores, dim=2)
         return weights.to(memory.states.dtype) @ memory.states, weights
 
 
 class Decoder(nn.Module):
-    """A GRU whose states attend to the query: h̃_t = tanh(W_c [c_t; h_t]), equation 5 of arXiv:1508.04025.
-
-    h̃ has the embedding's size, so that the output matrix W_s of equation 6 can be the embedding itself.
-    With `input_feeding` (section 3.3 there) h̃_{t-1} joins the input of step t, which forbids whole sequences.
-    """
+    """A GRU whose states attend to the query: h̃_t = tanh(W_c [c_t; h_t]), equation 5 of arXiv:1508.04025. h̃ has the
+    embedding's size, so that the output matrix W_s of equation 6 can be the embedding itself. With `input_feeding`
+    (section 3.3 there) h̃_{t-1} joins the input of step t, which forbids whole sequences."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -111,10 +101,8 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, embedded: Tensor, state: State, memory: Memory) -> tuple[Tensor, Tensor, State]:
-        """embedded (batch, time, embedding): the words so far, SOS first; any number of steps, also one.
-
-        Returns h̃ (batch, time, embedding), attention weights (batch, time, query time) and the state after them.
-        """
+        """embedded (batch, time, embedding): the words so far, SOS first; any number of steps, also one. Returns h̃
+        (batch, time, embedding), attention weights (batch, time, query time) and the state after them."""
         if not self.input_feeding:
             outputs, hidden = self.gru(embedded, state.hidden)
             attentional, weights = self.attend(outputs, memory)
@@ -154,10 +142,7 @@ class Seq2Seq(nn.Module):
 
     def encode(self, query: Tensor, lengths: Tensor) -> tuple[Memory, State]:
         """query (batch, query time) and its lengths (batch,) to what decoding needs."""
-        return self._encode(query, self.embedding(query), lengths)
-
-    def _encode(self, query: Tensor, embedded: Tensor, lengths: Tensor) -> tuple[Memory, State]:
-        outputs, hidden = self.encoder(self.dropout(embedded), lengths)
+        outputs, hidden = self.encoder(self.dropout(self.embedding(query)), lengths)
         memory = Memory(outputs, self.decoder.attention.keys(outputs), query != self.pad)
         return memory, State(hidden, hidden.new_zeros(query.size(0), self.decoder.combine.out_features))
 
@@ -173,17 +158,15 @@ class Seq2Seq(nn.Module):
     def forward(self, query: Tensor, query_lengths: Tensor, inputs: Tensor) -> Tensor:
         """Teacher forcing, the whole response at once: logits (batch, response time, vocabulary) after each input."""
         memory, state = self.encode(query, query_lengths)
-        return self.output(self.decode(inputs, state, memory)[0])
+        attentional, _, _ = self.decode(inputs, state, memory)
+        return self.output(attentional)
 
-    def token_logits(self, query: Tensor, query_lengths: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
-        """The same where mask (batch, response time) is True, (tokens, vocabulary): padding is never projected.
 
-        Both sides' words are looked up at once, so that one gradient of the embedding's size is made and not two.
-        """
-        embedded = self.embedding(torch.cat([query, inputs], 1))
-        memory, state = self._encode(query, embedded[:, : query.size(1)], query_lengths)
-        attentional, _, _ = self.decoder(self.dropout(embedded[:, query.size(1) :]), state, memory)
-        return self.output(attentional[mask])
+def new_model(settings: Settings, words: int) -> Seq2Seq:
+    """A model with weights drawn by the settings' seed, whatever was drawn before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return Seq2Seq(settings, words)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,7 +1,5 @@
 """Every figure of the series, from plain data; each function returns the Axes or Figure that it drew on."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections import Counter
@@ -16,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3465a4", "#e07b00", "#4e9a06", "#a40000", "#888a85"
-COLOURS = (BLUE, ORANGE, GREEN, RED, GREY)
 
 
 def style() -> None:
@@ -24,7 +21,7 @@ def style() -> None:
     matplotlib.rcParams.update({
         "figure.figsize": (7, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 10,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "legend.frameon": False,
+        "axes.prop_cycle": matplotlib.cycler(color=(BLUE, ORANGE, GREEN, RED, GREY)), "legend.frameon": False,
     })  # fmt: skip
 
 
@@ -43,7 +40,7 @@ def png(figure: Figure) -> bytes:
 
 
 def lengths(queries: Sequence[int], responses: Sequence[int], limit: int) -> Figure:
-    """Histograms of words a query and a response, with the limit that the settings put on both."""
+    """Histograms of words per query and per response, with the limit that the settings put on both."""
     figure, axes = plt.subplots()
     top = int(np.percentile([*queries, *responses], 99)) + 1
     bins = np.arange(0, top + 2) - 0.5
@@ -70,8 +67,7 @@ def zipf(counts: Counter[str], min_count: int) -> Figure:
 def bars(values: dict[str, float], xlabel: str, fmt: str = "{:,.0f}") -> Figure:
     """Named values as horizontal bars with the numbers beside them."""
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(values)))
-    names = list(values)
-    drawn = axes.barh(names, list(values.values()), color=BLUE)
+    drawn = axes.barh(list(values), list(values.values()), color=BLUE)
     axes.bar_label(drawn, [fmt.format(value) for value in values.values()], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.15)
@@ -97,17 +93,14 @@ def training_curves(rows: Sequence[dict], clip: float = 0.0, window: int = 25) -
     """Training loss (smoothed), validation loss, and below them gradient norm, its limit if any, and learning rate."""
     steps = [row for row in rows if "loss" in row]
     checks = [row for row in rows if "validation_loss" in row]
-    update = [row["update"] for row in steps]
+    update, best = [row["update"] for row in steps], min(checks, key=lambda row: row["validation_loss"])
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(2, 1))
     top.plot(update, _smooth([row["loss"] for row in steps], window), label="training, with dropout (smoothed)")
-    top.plot(
-        [r["update"] for r in checks], [r["validation_loss"] for r in checks], "o-", markersize=3, label="validation"
-    )
-    best = min(checks, key=lambda row: row["validation_loss"])
-    top.plot(
-        best["update"], best["validation_loss"], "*", color=RED, markersize=12, label=f"best, update {best['update']}"
-    )
-    top.set(ylabel="nats a token", yscale="log")
+    validations = [row["update"] for row in checks], [row["validation_loss"] for row in checks]
+    top.plot(*validations, "o-", markersize=3, label="validation")
+    where = best["update"], best["validation_loss"]
+    top.plot(*where, "*", color=RED, markersize=12, label=f"best, update {best['update']}")
+    top.set(ylabel="nats per token", yscale="log")
     top.legend()
     bottom.plot(update, _smooth([row["gradient_norm"] for row in steps], window))
     if clip:
@@ -121,23 +114,7 @@ def training_curves(rows: Sequence[dict], clip: float = 0.0, window: int = 25) -
     return figure
 
 
-def compare(models: dict[str, dict]) -> Figure:
-    """The loss of several models side by side, each from its `training curve` and `validation curve`."""
-    figure, panels = plt.subplots(1, len(models), figsize=(4.5 * len(models), 3.4), sharey=True, squeeze=False)
-    for axes, (name, model) in zip(panels[0], models.items(), strict=True):
-        updates, values = zip(*model["training curve"], strict=True)
-        axes.plot(updates, _smooth(values, 5), label="training, with dropout")
-        updates, values = zip(*model["validation curve"], strict=True)
-        axes.plot(updates, values, "o-", markersize=3, label="validation")
-        best = int(np.argmin(values))
-        axes.plot(updates[best], values[best], "*", color=RED, markersize=12, label=f"best, update {updates[best]:,}")
-        axes.set(xlabel="update", title=name)
-        axes.legend()
-    panels[0][0].set_ylabel("nats a token, each on its own split")
-    return figure
-
-
-def losses(curves: dict[str, Sequence[float]], window: int = 1, ylabel: str = "nats a token") -> Figure:
+def losses(curves: dict[str, Sequence[float]], window: int = 1, ylabel: str = "nats per token") -> Figure:
     """Several losses by update on one pair of axes."""
     figure, axes = plt.subplots()
     for name, values in curves.items():
@@ -173,75 +150,19 @@ def grouped_bars(table: pd.DataFrame, xlabel: str, whiskers: pd.DataFrame | None
     return axes.figure
 
 
-def parallel_coordinates(table: pd.DataFrame, parameters: list[str], loss: str = "validation loss") -> Figure:
-    """Each trial a line through its settings to its loss; the better the darker. Ranges lie by value (those over a
-    factor of 20 on a logarithmic scale), settings with few values one above the other."""
-    table = table.dropna(subset=[loss]).sort_values(loss, ascending=False)  # the best drawn last, on top
-    figure, axes = plt.subplots(figsize=(8, 4))
-    columns = [*parameters, loss]
-    positions = np.empty((len(table), len(columns)))
-    for place, column in enumerate(columns):
-        levels = sorted(table[column].unique())
-        if column == loss or (len(levels) > 6 and not isinstance(levels[0], str)):
-            low, high = levels[0], levels[-1]
-            scale = np.log if column != loss and low > 0 and high > 20 * low else np.asarray
-            span = (scale(high) - scale(low)) or 1
-            positions[:, place] = (scale(table[column]) - scale(low)) / span
-            ticks = [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
-        else:
-            where = {level: i / max(len(levels) - 1, 1) for i, level in enumerate(levels)}
-            positions[:, place] = [where[value] for value in table[column]]
-            ticks = [(where[level], str(level)) for level in levels]
-        for height, text in ticks:
-            axes.annotate(text, (place, height), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
-    shade = plt.get_cmap("viridis")
-    for row in positions:
-        axes.plot(range(len(columns)), row, color=shade(row[-1] * 0.9), linewidth=1.5, alpha=0.8)
-    for place in range(len(columns)):
-        axes.axvline(place, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(columns)), [column.replace("_", "\n") for column in columns])
-    axes.set_yticks([])
-    axes.grid(visible=False)
-    axes.set_xlim(-0.1, len(columns) - 0.6)
-    return figure
-
-
-def losses_by_value(table: pd.DataFrame, parameters: list[str], loss: str = "validation loss") -> Figure:
-    """One panel a parameter: the loss of every trial at the value it had, and a bar at the value's mean.
-
-    Within a value the trials stand side by side in an order by chance: sorted ones would look like a trend.
-    """
-    table = table.dropna(subset=[loss]).sample(frac=1, random_state=0)
-    figure, panels = plt.subplots(1, len(parameters), figsize=(1.9 * len(parameters), 3.2), sharey=True, squeeze=False)
-    for axes, name in zip(panels[0], parameters, strict=True):
-        groups = list(table[loss].groupby(in_thirds(table[name]), observed=True))
-        for place, (_, losses) in enumerate(groups):
+def losses_by_value(groups: dict[str, dict[str, Sequence[float]]]) -> Figure:
+    """One panel per parameter: the loss of every trial at the value it had, and a bar at the value's mean."""
+    figure, panels = plt.subplots(1, len(groups), figsize=(1.9 * len(groups), 3.2), sharey=True, squeeze=False)
+    for axes, (name, by_value) in zip(panels[0], groups.items(), strict=True):
+        for place, losses in enumerate(by_value.values()):
+            # Side by side in an order by chance: sorted ones would look like a trend.
+            losses = np.random.default_rng(0).permutation(losses)
             spread = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
             axes.plot(place + spread, losses, "o", color=GREY, markersize=3, alpha=0.7)
             axes.hlines(losses.mean(), place - 0.35, place + 0.35, color=RED, linewidth=2)
-        axes.set_xticks(range(len(groups)), [str(value) for value, _ in groups], rotation=60, fontsize=8)
+        axes.set_xticks(range(len(by_value)), list(by_value), rotation=60, fontsize=8)
         axes.set_xlabel(name.replace("_", "\n"))
-    panels[0][0].set_ylabel(loss)
-    return figure
-
-
-def in_thirds(values: pd.Series) -> pd.Series:
-    """More than five different numbers as their lower, middle and upper third, by name; anything else as it is."""
-    if values.nunique() <= 5 or not pd.api.types.is_numeric_dtype(values):
-        return values
-    thirds = pd.qcut(values, 3, labels=False, duplicates="drop")
-    names = values.groupby(thirds).agg(lambda third: f"{third.min():.3g} to {third.max():.3g}")
-    return thirds.map(names).astype(pd.CategoricalDtype(list(dict.fromkeys(names)), ordered=True))
-
-
-def best_so_far(values: Sequence[float]) -> Figure:
-    """The loss of each trial in the order they ran, and the best until then."""
-    figure, axes = plt.subplots()
-    numbers = np.arange(len(values))
-    axes.plot(numbers, values, "o", color=GREY, label="trial")
-    axes.step(numbers, np.minimum.accumulate(values), where="post", label="best so far")
-    axes.set(xlabel="trial", ylabel="validation loss")
-    axes.legend()
+    panels[0][0].set_ylabel("validation loss")
     return figure
 
 
@@ -271,10 +192,8 @@ def memory(curve: pd.DataFrame) -> Figure:
 
 
 def latency(rows: Sequence[dict]) -> Figure:
-    """Median milliseconds a reply, one panel a model and batch size, one bar a variant, the 95th percentile a whisker.
-
-    `rows` are those of a latency report; beside each bar stands how many times as fast as the textbook it is.
-    """
+    """Median milliseconds per reply: a panel per model and batch size, a bar per variant, whiskers to the 95th
+    percentile, and beside each bar how many times as fast as the textbook it is. `rows` are a latency report's."""
     table = pd.DataFrame(rows).dropna(subset="p50 ms")
     models, sizes, variants = (list(dict.fromkeys(table[column])) for column in ("model", "batch", "variant"))
     height = len(sizes) * (0.7 + 0.24 * len(variants))
@@ -294,40 +213,7 @@ def latency(rows: Sequence[dict]) -> Figure:
         if column:
             axes.tick_params(labelleft=False)
         if line == len(sizes) - 1:
-            axes.set_xlabel("milliseconds a reply (p50, whisker p95) · × the textbook")
-    return figure
-
-
-def ratios(table: pd.DataFrame, xlabel: str) -> Figure:
-    """Bars of a table's `ratio`, its `low` and `high` as whiskers, and a dashed line where both ways are equal."""
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.36 * len(table)))
-    whiskers = [table["ratio"] - table["low"], table["high"] - table["ratio"]]
-    drawn = axes.barh(table.index, table["ratio"], xerr=np.clip(whiskers, 0, None), color=BLUE, ecolor=GREY, capsize=3)
-    axes.bar_label(drawn, fmt="{:.1f}×", padding=3)
-    axes.axvline(1, color=RED, linestyle="--")
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel(xlabel)
-    return figure
-
-
-def scale(points: Sequence[dict]) -> Figure:
-    """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes."""
-    lines = [point["lines"] for point in points]
-    figure, both = plt.subplots(1, 2, figsize=(8, 3.2))
-    for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory of the process, MB"), strict=True):
-        values = [point[key] for point in points]
-        axes.loglog(lines, values, "o-")
-        axes.loglog(
-            lines, [values[-1] * n / lines[-1] for n in lines], color=GREY, linestyle="--", label="proportional"
-        )
-        for n, value in zip(lines, values, strict=True):
-            text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-            axes.annotate(text, (n, value), xytext=(0, 6), textcoords="offset points", ha="center")
-        axes.set(xlabel="lines of the corpus", ylabel=label)
-        axes.margins(0.15)
-        axes.legend(loc="lower right")
+            axes.set_xlabel("milliseconds per reply (p50, whisker p95) · × the textbook")
     return figure
 
 

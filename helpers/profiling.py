@@ -1,7 +1,5 @@
 """Where time and memory go: torch.profiler's events as tables, and what bounds each part of the model."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json
@@ -28,13 +26,9 @@ VIEWS = {
 MOVERS = {"mm", "addmm", "bmm", "baddbmm", "index_select", "cat"}
 
 
-def profiled(
-    work: Callable[[], object], device: torch.device, steps: int = 5, detail: bool = True
-) -> profile:  # fmt: skip
-    """Run `work` with a schedule of one step waiting, two warming up and `steps` recorded.
-
-    `detail` adds shapes, FLOPs and memory, and makes every operator a little slower.
-    """
+def profiled(work: Callable[[], object], device: torch.device, steps: int = 5, detail: bool = True) -> profile:
+    """Run `work` with a schedule of one step waiting, two warming up and `steps` recorded. `detail` adds shapes, FLOPs
+    and memory, and makes every operator a little slower."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     plan = schedule(wait=1, warmup=2, active=steps, repeat=1)
     extras = {"profile_memory": detail, "record_shapes": detail, "with_flops": detail}
@@ -67,52 +61,41 @@ def labelled(model: nn.Module) -> Iterator[None]:
         ("embed", model.embedding), ("encode", model.encoder), ("decode", model.decoder),
         ("attend", attention), ("attend", attention.for_keys), ("project", model.output),
     ]  # fmt: skip
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules:
 
-    def enter(name: str) -> None:
-        opened.append(record_function(name))
-        opened[-1].__enter__()
+            def enter(*_, name: str = name) -> None:
+                opened.append(record_function(name))
+                opened[-1].__enter__()
 
-    handles = []
-    for name, module in modules:
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
-        handles.append(module.register_forward_hook(lambda *_: opened.pop().__exit__(None, None, None)))
-    try:
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(lambda *_: opened.pop().__exit__(None, None, None)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def operator_table(prof: profile, steps: int = 5) -> pd.DataFrame:
     """Per operator and step: calls, self and total milliseconds on the CPU (and the GPU), megabytes allocated."""
-    rows = []
-    for event in prof.key_averages():
-        if event.key.startswith(("ProfilerStep", "step")) or event.key in PARTS:
-            continue
-        row = {
-            "operator": event.key.removeprefix("aten::"),
-            "calls": event.count / steps,
-            "self ms": event.self_cpu_time_total / 1e3 / steps,
-            "total ms": event.cpu_time_total / 1e3 / steps,
-            "self MB": event.self_cpu_memory_usage / 1e6 / steps,
-            "GFLOP": (event.flops or 0) / 1e9 / steps,
+    rows = [
+        {
+            "operator": event.key.removeprefix("aten::"), "calls": event.count / steps,
+            "self ms": event.self_cpu_time_total / 1e3 / steps, "total ms": event.cpu_time_total / 1e3 / steps,
+            "self MB": event.self_cpu_memory_usage / 1e6 / steps, "GFLOP": (event.flops or 0) / 1e9 / steps,
+            "GPU ms": event.self_device_time_total / 1e3 / steps,
         }
-        if ProfilerActivity.CUDA in prof.activities:
-            row["GPU ms"] = event.self_device_time_total / 1e3 / steps
-        rows.append(row)
+        for event in prof.key_averages()
+        if not event.key.startswith(("ProfilerStep", "step")) and event.key not in PARTS
+    ]  # fmt: skip
     table = pd.DataFrame(rows).sort_values("self ms", ascending=False, ignore_index=True)
     table.insert(3, "share", table["self ms"] / table["self ms"].sum())
-    return table
+    return table if ProfilerActivity.CUDA in prof.activities else table.drop(columns="GPU ms")
 
 
 def part_table(prof: profile, steps: int = 5) -> pd.DataFrame:
     """Per part of the model and step: operator calls, milliseconds (of them in Python, between operators), GFLOP and
-    megabytes moved. An operator counts for the innermost part around it.
-
-    GFLOP are the profiler's own count (matrix products and the like). Megabytes are what operators read and write if
-    nothing stays in a cache: the size of their inputs, taken as 4 bytes a number, and what they allocate. Of a table
-    that it looks rows up in, an operator reads these rows alone.
-    """
+    megabytes moved. An operator counts for the innermost part around it. GFLOP are the profiler's own count (matrix
+    products and the like). Megabytes are what operators read and write if nothing stays in a cache: the size of their
+    inputs, taken as 4 bytes a number, and what they allocate. Of a table that it looks rows up in, an operator reads
+    these rows alone."""
     events = [event for event in prof.events() if event.device_type == DeviceType.CPU]
     main = {event.thread for event in events if event.name.startswith("ProfilerStep")}
     rows = []
@@ -168,21 +151,15 @@ def machine_peaks(device: torch.device, dtype: torch.dtype = torch.float32) -> d
 
 
 def bounds(quick: pd.DataFrame, detailed: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
-    """What limits each part: what needs most of its time, its FLOPs, its bytes or its calls.
-
-    `quick` is the part table of a profile without detail, whose times are close to the real
-    ones. compute and memory are the times needed at the machine's peaks, as shares of the time
-    taken (above 1, bytes came from a cache, or a large copy is no ceiling); overhead is the time
-    of the calls at the price of the smallest, and of Python between them. The three are estimates
-    and overlap, so they are no parts of a whole; where all are below 0.2, nothing is called the
-    bound.
-    """
+    """What limits each part: what needs most of its time, its FLOPs, its bytes or its calls. `quick` is the part table
+    of a profile without detail, whose times are close to the real ones. compute and memory are the times needed at the
+    machine's peaks, as shares of the time taken (above 1, bytes came from a cache); overhead is the time of the calls
+    at the price of the smallest, and of Python between them. The three are estimates and overlap; where all are below
+    0.2, nothing is called the bound."""
     time = "GPU ms" if "GPU ms" in quick else "ms"
     table = pd.DataFrame({"ms": quick[time], "calls": detailed["calls"]})
-    table["GFLOP/s"] = detailed["GFLOP"] / quick[time] * 1e3
-    table["GB/s"] = detailed["MB"] / quick[time]
-    table["compute"] = table["GFLOP/s"] / peaks["GFLOP/s"]
-    table["memory"] = table["GB/s"] / peaks["GB/s"]
+    table["GFLOP/s"], table["GB/s"] = detailed["GFLOP"] / quick[time] * 1e3, detailed["MB"] / quick[time]
+    table["compute"], table["memory"] = table["GFLOP/s"] / peaks["GFLOP/s"], table["GB/s"] / peaks["GB/s"]
     table["overhead"] = (table["calls"] * peaks["µs a call"] / 1e3 + quick["Python ms"]) / table["ms"]
     shares = table[["compute", "memory", "overhead"]]
     table["bound by"] = shares.idxmax(axis=1).where(shares.max(axis=1) >= 0.2, "none of them")
@@ -223,10 +200,7 @@ def idle_share(rows: pd.DataFrame) -> float:
 
 def memory_curve(trace: list[dict]) -> pd.DataFrame:
     """Megabytes of tensors alive by time (ms), at every allocation and release of the recorded steps."""
-    rows = [
-        {"ms": event["ts"] / 1e3, "MB": event["args"]["Total Allocated"] / 1e6}
-        for event in trace
-        if event.get("name") == "[memory]"
-    ]
+    events = [event for event in trace if event.get("name") == "[memory]"]
+    rows = [{"ms": event["ts"] / 1e3, "MB": event["args"]["Total Allocated"] / 1e6} for event in events]
     table = pd.DataFrame(rows).sort_values("ms", ignore_index=True)
     return table.assign(ms=table["ms"] - table["ms"].iloc[0])

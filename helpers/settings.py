@@ -1,14 +1,13 @@
-"""Every setting of a run, typed and frozen, in one flat record that travels inside the checkpoint."""
-
-from __future__ import annotations
+"""Every setting of a run with its type and bounds beside it, in one frozen record that travels in the checkpoint."""
 
 import contextlib
-import dataclasses
 import difflib
-import math
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 PROFILES = Path(__file__).resolve().parent.parent / "notebooks" / "profiles"
 
@@ -21,9 +20,13 @@ class UserError(Exception):
         line = " ".join(super().__str__().split())[:1000]
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: the sentence, and not the way to it."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 @contextlib.contextmanager
-def refusing(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+def user_errors(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
     """Errors of these kinds as a UserError: what cannot be done, the first line of the reason, what to do."""
     try:
         yield
@@ -31,108 +34,97 @@ def refusing(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
         reason = str(error).strip()
         if not reason or isinstance(error, LookupError):  # a KeyError's text is the key alone
             reason = repr(error)
-        reason = reason.splitlines()[0][:200]
-        raise UserError(f"{what} ({reason}). {remedy}") from None
+        raise UserError(f"{what} ({reason.splitlines()[0][:200]}). {remedy}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of a run. Values come from a profile (`notebooks/profiles/*.yaml`) and `key=value` changes."""
+def number(value):
+    """The value, a number if it is the text of one: YAML reads 1e-3, without a dot, as text."""
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
 
-    seed: int = 1
+
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Words = Annotated[int, Field(ge=1, le=1000)]
+Size = Annotated[int, Field(ge=1, le=8192)]
+Number = Annotated[float, BeforeValidator(number), Field(ge=0)]
+DropShare = Annotated[Number, Field(le=0.95)]
+
+
+class Settings(BaseModel):
+    """The settings of a run. Values come from a profile (`notebooks/profiles/*.yaml`) and `name=value` changes. Raises
+    UserError, in one sentence, for a name that does not exist, a wrong type or a value out of bounds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     # data
-    max_query_words: int = 20
-    max_response_words: int = 20
-    long_queries: str = "drop"  # drop the pair, or cut the query to its last max_query_words
-    rare_words: str = "unknown"  # a pair with a word below min_count: keep it with UNK, or drop it
-    min_count: int = 2
-    context_words: int = 0  # of the line before the query, put before it with EOS between; 0 means the query alone
+    max_query_words: Words = 20
+    max_response_words: Words = 20
+    long_queries: Literal["drop", "cut"] = "drop"  # drop the pair, or cut the query to its last max_query_words
+    rare_words: Literal["unknown", "drop"] = "unknown"  # a pair with a word below min_count: keep it with UNK, or drop
+    min_count: Positive = 2
+    context_words: Annotated[int, Field(ge=0, le=1000)] = 0  # of the line before the query, put before it with EOS
     openers: bool = False  # train also on each conversation's first line, as the response to silence
-    held_out_share: float = 0.1  # of the exchanges, for validation and again for test
+    held_out_share: Annotated[Number, Field(ge=0.01, le=0.4)] = 0.1  # for validation, and again for test
     # model
-    embedding_size: int = 128
-    hidden_size: int = 128
-    layers: int = 2
-    dropout: float = 0.1
-    word_dropout: float = 0.0  # share of words, in queries and decoder inputs, that training replaces by UNK
-    query_dropout: float = 0.0  # share of queries that training replaces by silence; decoder mmi needs some
-    attention: str = "general"  # dot, general or concat
+    embedding_size: Size = 128
+    hidden_size: Size = 128
+    layers: Annotated[int, Field(ge=1, le=16)] = 2
+    dropout: DropShare = 0.1
+    word_dropout: DropShare = 0.0  # of words, in queries and decoder inputs, that training replaces by UNK
+    query_dropout: DropShare = 0.0  # of queries that training replaces by silence; decoder mmi needs some
+    attention: Literal["dot", "general", "concat"] = "general"
     input_feeding: bool = False
     tie_weights: bool = True
     # training
-    updates: int = 2000
-    batch_size: int = 64
-    optimizer: str = "adam"  # adam, adamw or sgd
-    learning_rate: float = 1e-3
-    decoder_learning_ratio: float = 1.0
-    weight_decay: float = 0.0
-    clip: float = 1.0  # largest gradient norm; 0 means no clipping
-    teacher_forcing_ratio: float = 1.0
-    schedule: str = "constant"  # constant, or cosine down to 0 at the last update
-    warmup_updates: int = 0
-    validate_every: int = 200
-    patience: int = 0  # validations without improvement before stopping; 0 means never stop early
-    precision: str = "auto"  # fp32, bf16, or auto: bf16 where the device has units for it
+    updates: Count = 2000
+    batch_size: Positive = 64
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: Annotated[Number, Field(le=10)] = 1e-3
+    decoder_learning_ratio: Annotated[Number, Field(le=100)] = 1.0
+    weight_decay: Annotated[Number, Field(le=10)] = 0.0
+    clip: Number = 1.0  # largest gradient norm; 0 means no clipping
+    teacher_forcing_ratio: Annotated[Number, Field(le=1)] = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 at the last update
+    warmup_updates: Count = 0
+    validate_every: Positive = 200
+    patience: Count = 0  # validations without improvement before stopping; 0 means never stop early
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device has units for it
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, field.type, getattr(self, field.name)))
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"Setting {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
-        for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"Setting {name}={getattr(self, name)!r} must lie between {low} and {high}.")
+    def __init__(self, **values) -> None:
+        with valid("setting", NAMES):
+            super().__init__(**values)
 
-    def change(self, **changes) -> Settings:
-        """A copy with some settings changed. Raises UserError for a name that does not exist or a wrong type."""
-        for name in changes:
-            if name not in NAMES:
-                near = difflib.get_close_matches(name, NAMES, n=1)
-                hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(NAMES)}."
-                raise UserError(f"There is no setting {name!r}.{hint}")
-        return dataclasses.replace(self, **changes)
+    def change(self, **changes) -> "Settings":
+        """A copy with some settings changed, checked as all are."""
+        return Settings(**self.to_dict() | changes)
 
     def to_dict(self) -> dict:
         """Plain values, as they are stored in checkpoints and manifests."""
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
 
-NAMES = [field.name for field in dataclasses.fields(Settings)]
+NAMES = list(Settings.model_fields)
 # What decides the prepared data; the other settings can change without preparing it again.
 DATA_SETTINGS = NAMES[: NAMES.index("embedding_size")]
-CHOICES = {
-    "long_queries": ("drop", "cut"),
-    "rare_words": ("unknown", "drop"),
-    "attention": ("dot", "general", "concat"),
-    "optimizer": ("adam", "adamw", "sgd"),
-    "schedule": ("constant", "cosine"),
-    "precision": ("auto", "fp32", "bf16"),
-}
-RANGES = {
-    "seed": (0, 2**31 - 1),
-    "max_query_words": (1, 1000),
-    "max_response_words": (1, 1000),
-    "context_words": (0, 1000),
-    "min_count": (1, math.inf),
-    "held_out_share": (0.01, 0.4),
-    "embedding_size": (1, 8192),
-    "hidden_size": (1, 8192),
-    "layers": (1, 16),
-    "dropout": (0.0, 0.95),
-    "word_dropout": (0.0, 0.95),
-    "query_dropout": (0.0, 0.95),
-    "updates": (0, math.inf),
-    "batch_size": (1, math.inf),
-    "learning_rate": (0.0, 10.0),
-    "decoder_learning_ratio": (0.0, 100.0),
-    "weight_decay": (0.0, 10.0),
-    "clip": (0.0, math.inf),
-    "teacher_forcing_ratio": (0.0, 1.0),
-    "warmup_updates": (0, math.inf),
-    "validate_every": (1, math.inf),
-    "patience": (0, math.inf),
-}
+
+
+@contextlib.contextmanager
+def valid(what: str, names: list[str]) -> Iterator[None]:
+    """The first of pydantic's complaints as a UserError that names the thing, one of `names`."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}."
+            raise UserError(f"There is no {what} {name!r}. {hint}") from None
+        expected = first["msg"].replace("Input should", "it must")
+        raise UserError(f"{what.capitalize()} {name}={reprlib.repr(first['input'])}: {expected}.") from None
 
 
 def load_profile(name: str) -> Settings:
@@ -141,13 +133,11 @@ def load_profile(name: str) -> Settings:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise UserError(f"There is no profile {name!r} ({path}). There are: {known}; or give a .yaml file's path.")
-    with refusing(f"Profile {path} cannot be read", "Give a file that can be.", OSError):
-        text = path.read_bytes()
-    values = read_yaml(text, f"Profile {path}") or {}
+    values = read_yaml(path, f"Profile {path}") or {}
     if not isinstance(values, dict):
         raise UserError(f"Profile {path} must hold lines of 'name: value'.")
     try:
-        return Settings().change(**{str(name): value for name, value in values.items()})
+        return Settings(**{str(name): value for name, value in values.items()})
     except UserError as error:
         raise UserError(f"Profile {path}: {error}") from None
 
@@ -163,24 +153,10 @@ def parse_changes(text: str | list[str]) -> dict:
     return changes
 
 
-def read_yaml(text: str | bytes, name: str):
-    """The value of a YAML text. Raises UserError that begins with the name if it has none."""
+def read_yaml(source: Path | str, name: str):
+    """The value of a YAML file or text. Raises UserError that begins with the name if it has none."""
     import yaml  # here, since a checkpoint's settings need none
 
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2020-99-99 is a ValueError
-        raise UserError(f"{name} is not valid YAML: {error}") from None
-
-
-def _typed(name: str, kind: str, value):
-    """`value` as the type that the annotation names; an int is a float too, and nothing else is bent."""
-    wanted = {"int": int, "float": float, "bool": bool, "str": str}[kind]
-    if wanted is float and isinstance(value, str):  # YAML reads 1e-3, without a dot, as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
-        raise UserError(f"Setting {name}={reprlib.repr(value)} must be of type {kind}.")  # short, however deep it is
-    return value
+    kinds = (OSError, yaml.YAMLError, ValueError, RecursionError)  # a date such as 2020-99-99 is a ValueError
+    with user_errors(f"{name} cannot be read as YAML", "Mend it, or give another one.", *kinds):
+        return yaml.safe_load(source.read_bytes() if isinstance(source, Path) else source)

@@ -1,17 +1,12 @@
 """Text to words and back: tokenise, spell, and the vocabulary."""
 
-from __future__ import annotations
-
-import itertools
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
-
-from helpers.settings import UserError, refusing
+from helpers.settings import UserError, user_errors
 
 PAD, SOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<sos>", "<eos>", "<unk>")
@@ -19,7 +14,6 @@ SPECIAL = ("<pad>", "<sos>", "<eos>", "<unk>")
 _TAGS = re.compile(r"</?[a-zA-Z]{1,10}>")  # the corpus marks emphasis as in HTML: <u>you</u>
 _APOSTROPHES = "\u2018\u2019\u02bc\u0091\u0092\u00b4"  # 91 and 92 are Windows-1252's
 _WORDS = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*|[.!?]")
-_WORDS_AND_ENDS = re.compile(_WORDS.pattern + r"|\n")
 _SENTENCE_START = re.compile(r"(^|[.!?] )([a-z])")
 _FIRST_PERSON = re.compile(r"\bi(?=\b(?!')|'(?:m|ll|ve|d)\b)")
 
@@ -45,31 +39,11 @@ def tokenise(text: str) -> list[str]:
 
     Everything else is dropped, so the list can be empty: callers check for that here, after normalising.
     """
-    text = _TAGS.sub(" ", text)
+    if "<" in text:
+        text = _TAGS.sub(" ", text)
     if not text.isascii():
         text = text.translate(_UNACCENTED)
     return _WORDS.findall(text.lower())
-
-
-def tokenise_all(texts: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """`tokenise` for a whole corpus, in a few passes over long strings.
-
-    Returns the words of all texts in one array of numbers, the number of words of each text, and the word that each
-    number stands for, in the order of their first occurrence.
-    """
-    numbers: defaultdict[str, int] = defaultdict(itertools.count().__next__)
-    parts, ends = [], numbers["\n"]
-    for start in range(0, len(texts), 50_000):  # a piece at a time, since every word found is a string of its own
-        piece = texts[start : start + 50_000]
-        joined = _TAGS.sub(" ", "\n".join([text.replace("\n", " ") for text in piece]) + "\n")
-        if not joined.isascii():
-            joined = "\n".join(text if text.isascii() else text.translate(_UNACCENTED) for text in joined.split("\n"))
-        found = _WORDS_AND_ENDS.findall(joined.lower())
-        parts.append(np.fromiter(map(numbers.__getitem__, found), np.int32, len(found)))
-    stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    is_end = stream == ends
-    lengths = np.diff(np.flatnonzero(is_end), prepend=-1) - 1
-    return stream[~is_end] - 1, lengths, list(numbers)[1:]
 
 
 def spell(words: Iterable[str]) -> str:
@@ -84,10 +58,8 @@ def spell(words: Iterable[str]) -> str:
 
 
 class Vocabulary:
-    """Words and their ids. Ids 0 to 3 are PAD, SOS, EOS and UNK; then the words, the commonest first.
-
-    `unknown_types` is the number of different training words that were left out, all of which UNK stands for.
-    """
+    """Words and their ids. Ids 0 to 3 are PAD, SOS, EOS and UNK; then the words, the commonest first. `unknown_types`
+    is the number of different training words that were left out, all of which UNK stands for."""
 
     def __init__(self, words: list[str], unknown_types: int = 0) -> None:
         if len(set(words)) != len(words) or set(words) & set(SPECIAL):
@@ -97,7 +69,7 @@ class Vocabulary:
         self.unknown_types = unknown_types
 
     @classmethod
-    def from_counts(cls, counts: Counter[str], min_count: int) -> Vocabulary:
+    def from_counts(cls, counts: Counter[str], min_count: int) -> "Vocabulary":
         """The words that occur at least `min_count` times, by falling count and then by alphabet."""
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         kept = [word for word, count in ranked if count >= min_count]
@@ -111,7 +83,8 @@ class Vocabulary:
 
     def encode(self, words: Iterable[str]) -> list[int]:
         """Ids of the words; a word that is not in the vocabulary becomes UNK. No SOS or EOS is added."""
-        return [self.ids.get(word, UNK) for word in words]
+        known = self.ids.get
+        return [known(word, UNK) for word in words]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Words of the ids up to the first EOS, without PAD and SOS."""
@@ -127,10 +100,10 @@ class Vocabulary:
         return json.dumps({"words": self.words[len(SPECIAL) :], "unknown_types": self.unknown_types})
 
     @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
+    def from_json(cls, text: str) -> "Vocabulary":
         """The vocabulary that `to_json` wrote. Raises UserError if the text is not one."""
         kinds = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
-        with refusing("This is not a vocabulary's JSON", "", *kinds):
+        with user_errors("This is not a vocabulary's JSON", "", *kinds):
             data = json.loads(text)
             if foreign := [word for word in data["words"] if not _WORDS.fullmatch(word)]:
                 raise UserError(f"A vocabulary cannot hold {foreign[0][:40]!r}, which no text is split into.")

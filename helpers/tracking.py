@@ -1,7 +1,5 @@
 """One door to Weights & Biases: online with an account, offline without, or off."""
 
-from __future__ import annotations
-
 import netrc
 import os
 import subprocess
@@ -9,7 +7,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from helpers.settings import UserError, refusing
+from helpers.settings import UserError, user_errors
 
 MODES = ("off", "offline", "online")
 PROJECT = "chatbot-notebooks"
@@ -33,7 +31,7 @@ def create_sweep(spec: dict) -> str:
     import wandb
 
     entity, project = spec.get("entity"), spec.get("project", PROJECT)
-    with refusing("W&B did not take the sweep", "Mend that, or add --wandb offline.", wandb.Error, ValueError):
+    with user_errors("W&B did not take the sweep", "Mend that, or add --wandb offline.", wandb.Error, ValueError):
         return "/".join(filter(None, [entity, project, wandb.sweep(spec, project=project, entity=entity)]))
 
 
@@ -45,7 +43,7 @@ def run_agent(sweep: str, folder: Path) -> None:
         raise UserError(f"The W&B agent of sweep {sweep} has failed; its own message stands above.")
 
 
-def known_mode(mode: str) -> str:
+def check_mode(mode: str) -> str:
     """The mode, if it is one. Raises UserError for any other."""
     if mode not in MODES:
         raise UserError(f"Tracking mode {mode!r} is not one of {', '.join(MODES)}.")
@@ -53,42 +51,35 @@ def known_mode(mode: str) -> str:
 
 
 class Tracker:
-    """Logs a run's numbers. Offline needs no account: the files can be uploaded later with `wandb sync`.
+    """Logs a run's numbers. Offline needs no account: the files can be uploaded later with `wandb sync`. Use as a
+    context manager; in mode `off` it does nothing and does not even import wandb."""
 
-    Use as a context manager; in mode `off` it does nothing and does not even import wandb.
-    """
-
-    def __init__(self, mode: str, folder: Path, config: dict, *, name: str = "", group: str = "") -> None:
+    def __init__(self, mode: str, folder: Path, config: dict, name: str = "", group: str = "") -> None:
         self._run = None
-        if known_mode(mode) == "off":
+        if check_mode(mode) == "off":
             return
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        with refusing("W&B could not start", "Log in with 'wandb login', or use mode offline.", wandb.Error):
+        with user_errors("W&B could not start", "Log in with 'wandb login', or use mode offline.", wandb.Error):
             self._run = wandb.init(
-                mode=mode,
-                dir=folder,
-                project=PROJECT,
-                name=name or None,
-                group=group or None,
-                config=config,
-                reinit="create_new",
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+                mode=mode, dir=folder, project=PROJECT, name=name or None, group=group or None, config=config,
+                reinit="create_new", settings=wandb.Settings(silent=True, console="off"),
+            )  # fmt: skip
 
-    def log(self, values: dict, update: int) -> None:
-        """Numbers by name, at a training update."""
-        if self._run is not None:
-            self._run.log(values, step=update)
+    def log(self, row: dict) -> None:
+        """A row of a training's metrics: every validation, and every twentieth update."""
+        if self._run is not None and ("validation_loss" in row or row["update"] % 20 == 0):
+            values = {name: row[name] for name in ("loss", "learning_rate", "validation_loss") if name in row}
+            self._run.log(values, step=row["update"])
 
     def summary(self, **values) -> None:
         """The numbers that stand for the whole run."""
         if self._run is not None:
             self._run.summary.update(values)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, *_) -> None:

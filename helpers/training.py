@@ -1,88 +1,117 @@
-"""Training and evaluation: exact losses, one optimiser, exact resume."""
-
-from __future__ import annotations
+"""Training: one update, the loop around it, and checkpoints from which it resumes exactly."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import random
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
-from helpers import checkpoint
-from helpers.batches import Batch, BucketedSampler, Pairs, Prepared
-from helpers.decoding import greedy
-from helpers.metrics import Likelihood
-from helpers.model import Seq2Seq, parameter_count
-from helpers.run import Run, append_text, keep_memory, machine, need, shown, timings, training_digest, write_text
-from helpers.settings import Settings, UserError, refusing
-from helpers.text import UNK, Vocabulary, tokenise
-from helpers.tracking import Tracker
+from helpers.batches import BucketedSampler, Pairs, Prepared
+from helpers.evaluation import batch_loss, evaluate
+from helpers.model import Seq2Seq, new_model, parameter_count
+from helpers.run import Run, digest, display_path, read_tensors, timings, write_tensors
+from helpers.settings import Count, Settings, UserError, user_errors
+from helpers.text import Vocabulary
 
-EVALUATION_BATCH = 256
+FORMAT = 2  # of checkpoint.pt
+# Raised by whoever changes what the same settings and data train to: an older checkpoint is then not resumed.
+MATHEMATICS = 1
+STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 class NotFiniteError(UserError):
     """A loss or a gradient that is infinite or no number: the settings are to blame, nothing else."""
 
 
-@dataclasses.dataclass
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a training; the message says which checkpoint is kept."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"KeyboardInterrupt: {self}"]
+
+
+@dataclass(config=STRICT)
 class Progress:
     """How far a training has come; part of the checkpoint."""
 
-    update: int = 0
+    update: Count = 0
     best_loss: float = math.inf
     best_update: int = 0
     stale: int = 0  # validations since the best
-    stopped: bool = False
-
-    def __post_init__(self) -> None:
-        if [type(value) for value in dataclasses.astuple(self)] != [int, float, int, int, bool]:
-            raise TypeError(f"{self} has values of other types")
 
     def over(self, settings: Settings) -> bool:
         """Whether nothing is left to train."""
-        return self.stopped or self.update >= settings.updates
+        return self.update >= settings.updates or 0 < settings.patience <= self.stale
 
-    def validated(self, loss: float, patience: int) -> bool:
-        """Take note of a validation; returns whether it was the best until now."""
+    def is_best(self, loss: float) -> bool:
+        """Take note of a validation loss; returns whether it is the best until now."""
         best = loss < self.best_loss
         if best:
             self.best_loss, self.best_update = loss, self.update
         self.stale = 0 if best else self.stale + 1
-        self.stopped = 0 < patience <= self.stale
         return best
 
 
-def new_model(settings: Settings, words: int) -> Seq2Seq:
-    """A model with weights drawn by the settings' seed, whatever was drawn before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        return Seq2Seq(settings, words)
+@dataclass(config=STRICT)
+class Checkpoint:
+    """All that a training needs to go on, and a bot to answer."""
+
+    settings: dict
+    vocabulary: str  # as JSON
+    digest: str  # of what it was trained from
+    precision: str
+    model: dict
+    best_model: dict  # the weights with the lowest validation loss
+    optimizer: dict
+    progress: dict
+
+    def save(self, path: Path) -> None:
+        """Write it in one piece: either the new checkpoint is there, whole, or the old one is."""
+        write_tensors(path, FORMAT, vars(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        """What `save` wrote, on the CPU. Raises UserError if the file is missing, damaged, or no checkpoint."""
+        state = read_tensors(path, FORMAT, "notebook 03_training or 'python -m helpers train'")
+        with user_errors(f"{display_path(path)} is not a checkpoint", "Train again.", TypeError, ValueError):
+            return cls(**state)
+
+
+def load_model(path: Path, device: torch.device) -> tuple[Seq2Seq, Vocabulary, Settings]:
+    """The model with the best validation loss, ready to answer, with its vocabulary and settings. Raises UserError if
+    the file is missing, damaged, or does not fit its own settings."""
+    state = Checkpoint.load(path)
+    kinds = (UserError, RuntimeError, TypeError, KeyError, AttributeError)
+    with user_errors(f"{display_path(path)} does not fit its own settings", "Use another one.", *kinds):
+        settings = Settings(**state.settings)
+        vocabulary = Vocabulary.from_json(state.vocabulary)
+        with torch.device("meta"):  # its shapes alone: settings that lie must not take memory
+            shapes = {name: tensor.shape for name, tensor in Seq2Seq(settings, len(vocabulary)).state_dict().items()}
+        if {name: tensor.shape for name, tensor in state.best_model.items()} != shapes:
+            raise UserError("the weights are of other shapes")
+        model = Seq2Seq(settings, len(vocabulary))
+        model.load_state_dict(state.best_model)
+    return model.to(device).eval(), vocabulary, settings
 
 
 def new_optimizer(model: Seq2Seq, settings: Settings) -> torch.optim.Optimizer:
-    """One optimiser; the decoder's own parameters learn `decoder_learning_ratio` times as fast.
-
-    A parameter belongs to one group only: the embedding, which both sides use, to the first.
-    """
+    """One optimiser; the decoder's own parameters learn `decoder_learning_ratio` times as fast. A parameter belongs to
+    one group only: the embedding, which both sides use, to the first."""
     slow = [*model.embedding.parameters(), *model.encoder.parameters()]
     known = {id(parameter) for parameter in slow}
     fast = [parameter for parameter in model.parameters() if id(parameter) not in known]
     groups = [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": settings.decoder_learning_ratio}]
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    kind = kinds[settings.optimizer]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
     return kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
@@ -98,11 +127,7 @@ def learning_rate(settings: Settings, update: int) -> float:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """`fp32` or `bf16`; `auto` takes bf16 where the device has units for it and a product shows that they are faster.
-
-    Where they are, the product is several times as fast (results/bench-cpu.json), far more than the clock's noise: the
-    choice is the same on every run.
-    """
+    """`fp32` or `bf16`; `auto` takes bf16 where the device has units for it and a product shows that it is faster."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -116,92 +141,57 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if min(timings(lambda: half @ half, device)) < min(timings(lambda: full @ full, device)) else "fp32"
 
 
-def batch_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
-    """The sum of the cross-entropy of every real token, in nats, and their number. The loss is their quotient."""
-    mask = batch.target_mask
-    if teacher_forcing:
-        logits = model.token_logits(batch.query, batch.query_lengths, batch.inputs, mask)
-    else:
-        logits = free_running_logits(model, batch)
-    targets = batch.targets[mask]
-    return functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+class Trainer:
+    """A model, its optimiser and how they learn; `step` is one update."""
+
+    def __init__(self, model: Seq2Seq, settings: Settings, precision: str = "fp32") -> None:
+        self.model, self.settings, self.precision = model, settings, precision
+        self.optimizer = new_optimizer(model, settings)
+
+    def step(self, pairs: Pairs, indices: Tensor, update: int) -> dict[str, float]:
+        """One step of the optimiser on the examples `indices`; returns loss, gradient norm, learning rate and tokens.
+        All random numbers are a function of the seed and the update (counted from 0), so none need saving. Of several
+        processes each takes every so-many-th example. Raises FloatingPointError, before the optimiser's step, if loss
+        or gradient is not finite."""
+        settings, (rank, world) = self.settings, ranks()
+        torch.manual_seed(settings.seed * 1_000_003 + update + (rank << 48))
+        teacher_forcing = random.Random(f"{settings.seed} {update}").random() < settings.teacher_forcing_ratio
+        rate = learning_rate(settings, update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        self.optimizer.zero_grad()
+        tokens, share = int(pairs.response_lengths[indices].sum()), indices[rank::world]
+        loss = torch.zeros((), device=pairs.queries.device)
+        if len(share):
+            batch = pairs.batch(share).with_dropout(settings.query_dropout, settings.word_dropout)
+            with torch.autocast(batch.query.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = batch_loss(self.model, batch, teacher_forcing)[0] / tokens
+            loss.backward()
+        if world > 1:
+            loss = all_reduce(self.model, loss.detach())
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters()])
+        found = {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate, "tokens": tokens}
+        if not math.isfinite(found["loss"] + found["gradient_norm"]):
+            what = f"the loss is {found['loss']} and the gradient norm {found['gradient_norm']}"
+            raise FloatingPointError(f"Update {update + 1}: {what}, on training examples {indices[:8].tolist()} …")
+        if 0 < settings.clip < norm:  # below the limit, multiplying all gradients by 1 would be a pass for nothing
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.clip, norm)
+        self.optimizer.step()
+        return found
 
 
-def free_running_logits(model: Seq2Seq, batch: Batch) -> Tensor:
-    """Logits (tokens, vocabulary) when the decoder reads its own likeliest words instead of the response's."""
-    memory, state = model.encode(batch.query, batch.query_lengths)
-    words, steps = batch.inputs[:, 0], []
-    for _ in range(batch.inputs.size(1)):
-        logits, state = model.step(words, state, memory)
-        steps.append(logits)
-        words = logits.argmax(1)
-    return torch.stack(steps, 1)[batch.target_mask]
+def all_reduce(model: nn.Module, loss: Tensor) -> Tensor:
+    """Add up all processes' gradients, in place, and their losses. Each has divided its share's sum by the tokens of
+    the whole batch, so these are what one process alone gets, but for dropout, which each draws for itself."""
+    for parameter in model.parameters():
+        if parameter.grad is None:  # this process's share was empty
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+    dist.all_reduce(loss)
+    return loss
 
 
-@torch.no_grad()
-def evaluate(model: Seq2Seq, pairs: Pairs) -> Likelihood:
-    """The exact teacher-forced likelihood of all responses, in fp32 and without dropout."""
-    training = model.training
-    model.eval()
-    nll, tokens = 0.0, 0
-    for batch in pairs.in_order(EVALUATION_BATCH):
-        loss, count = batch_loss(model, batch)
-        nll, tokens = nll + loss.double().item(), tokens + count
-    model.train(training)
-    return Likelihood(nll, tokens, len(pairs))
-
-
-def score(model: Seq2Seq, vocabulary: Vocabulary, texts: list[tuple[str, str]]) -> dict[str, float]:
-    """The likelihood of whole responses given their queries, nothing cut and nothing dropped.
-
-    A word that is not in the vocabulary costs -ln P(UNK) + ln(number of training words that UNK stands for): the
-    share of one of them if all are equally likely. Raises UserError for a query without any word.
-    """
-    pairs = [(tokenise(query), tokenise(response)) for query, response in texts]
-    for number, (query, _) in enumerate(pairs, 1):
-        if not query:
-            raise UserError(f"Pair {number}: the query {texts[number - 1][0][:50]!r} has no word in it.")
-    device = model.embedding.weight.device
-    encoded = Pairs.from_words(pairs, vocabulary)
-    unknown = int((encoded.responses == UNK).sum())
-    likelihood = evaluate(model, encoded.to(device))
-    nll = likelihood.nll + unknown * math.log(max(vocabulary.unknown_types, 1))
-    full = Likelihood(nll, likelihood.tokens, likelihood.responses)
-    return {
-        "pairs": full.responses,
-        "tokens": full.tokens,
-        "nll_per_token": full.per_token,
-        "perplexity": full.perplexity,
-        "nll_per_response": full.per_response,
-        "unknown_rate": unknown / full.tokens,
-    }
-
-
-def replies_of(model: Seq2Seq, pairs: Pairs, vocabulary: Vocabulary, max_words: int, search=greedy) -> list[list[str]]:
-    """The words that a decoder answers to each query, in the examples' order."""
-    order = pairs.order()
-    replies: list[list[str]] = [[] for _ in range(len(pairs))]
-    for indices in order.split(EVALUATION_BATCH):
-        batch = pairs.batch(indices)
-        ids = search(model, batch.query, batch.query_lengths, max_words)
-        for index, row in zip(indices.tolist(), ids.tolist(), strict=True):
-            replies[index] = vocabulary.decode(row)
-    return replies
-
-
-class Objective(nn.Module):
-    """`batch_loss` as a module, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, model: Seq2Seq) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, teacher_forcing: bool) -> Tensor:
-        """The summed cross-entropy of a batch, in nats."""
-        return batch_loss(self.model, batch, teacher_forcing)[0]
-
-
-def join_ranks(device: torch.device) -> torch.device:
+def join_processes(device: torch.device) -> torch.device:
     """Under torchrun: meet the other processes (NCCL on GPUs, gloo on CPUs) and return this one's device."""
     if "LOCAL_RANK" not in os.environ:
         return device
@@ -217,268 +207,148 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def alone(run: Run) -> contextlib.AbstractContextManager[None]:
+def broadcast(value):
+    """The first process's value, in all of them: what decides must be the same everywhere, to the last digit."""
+    values = [value]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def locked(run: Run) -> contextlib.AbstractContextManager:
     """The run's folder locked by this process, or, of several that train together, by the first for all."""
     return run.locked() if ranks()[0] == 0 else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """A list that Ctrl-C adds to, instead of breaking in between two tensors; a second one breaks in.
-
-    Of several processes that train together each would hear of it at another update, so there it breaks in at once.
-    """
-    asked: list[int] = []
-
-    def note(number, frame) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or ranks()[1] > 1 or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield asked
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def fit(
-    run: Run,
-    prepared: Prepared,
-    settings: Settings,
-    device: torch.device,
-    tracker: Tracker,
-    *,
-    resume: bool = True,
-    progress_bar: bool = True,
-) -> Seq2Seq:
+    run: Run, prepared: Prepared, settings: Settings, device: torch.device,
+    callback: Callable[[dict], None] = lambda row: None, *, resume: bool = True, progress_bar: bool = True,
+) -> Seq2Seq:  # fmt: skip
     """Train to the settings' last update or to early stopping, and return the model with the best validation loss.
 
-    Every `validate_every` updates the validation loss is measured and the checkpoint written. With `resume` a
-    checkpoint of the same settings, data and code is gone on from, and what comes out is what an uninterrupted run
-    would have given; any other checkpoint in the folder is kept as `checkpoint.previous.pt`. Each update's random
-    numbers are a function of (seed, update), so none need saving.
+    Every `validate_every` updates the validation loss is measured and the checkpoint written. `callback` is given each
+    row of `metrics.jsonl` when it is made: of an update, {update, loss, …}, or of a validation, {update,
+    validation_loss}; what it raises ends the training. With `resume` a training goes on from the folder's checkpoint,
+    to exactly what an uninterrupted one gives; a checkpoint of other settings or data is refused. Without, it starts
+    over, and a checkpoint that is there is kept under another name. Under torchrun each process takes its share of
+    every batch, and the first alone writes files.
 
-    Under torchrun every process takes its share of each batch, and the first one alone writes files.
-
-    Ctrl-C ends the update in progress, writes the checkpoint and raises KeyboardInterrupt. Raises NotFiniteError when a
-    loss or gradient is not finite (the last checkpoint is kept), UserError when another process trains here.
+    Raises Interrupted on Ctrl-C, NotFiniteError when a loss or gradient is not finite (both keep the last checkpoint),
+    and UserError when another process trains here.
     """
     from tqdm.auto import tqdm  # here, since trained models are also used where there is no tqdm
 
-    keep_memory()
-    rank, world = ranks()
-    with alone(run):
+    first = ranks()[0] == 0
+    with locked(run):
         model = new_model(settings, len(prepared.vocabulary)).to(device)
-        optimizer = new_optimizer(model, settings)
-        digest = training_digest(settings, prepared.digest)
-        progress, precision, best_model = _begin(run, digest, settings, model, optimizer, resume)
-        if rank == 0 and not progress.over(settings):
-            _record_machine(run, device, progress.update)
-        objective = Objective(model)
-        if world > 1:
-            objective = DistributedDataParallel(objective)  # no device_ids: it would move the lengths off the CPU
+        trainer, progress, state = _begin(run, prepared, settings, model, resume)
         train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
         batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
-        rows: list[dict] = []
-        stopping = False
+        bar = tqdm(total=settings.updates, initial=progress.update, disable=not (progress_bar and first), unit="update")
+        kept, rows = progress.update, []
+
+        def report(**row) -> None:
+            row = {"update": progress.update, **row}
+            if first:
+                rows.append(row)
+            callback(row)
+
         model.train()
-        bar = tqdm(total=settings.updates, initial=progress.update, disable=not progress_bar or rank > 0, unit="update")
-        with torch.random.fork_rng(), _ctrl_c() as stop, bar:
-            while not progress.over(settings) and not stopping:
-                started = time.perf_counter()
-                indices = next(batches)
-                try:
-                    row = take_step(objective, optimizer, train, indices, settings, progress.update, precision)
-                except FloatingPointError as error:
-                    _write_rows(run, rows)
-                    first = " ".join(prepared.vocabulary.decode(train.queries[indices[0]].tolist()))
-                    where = f"the batch of training examples {indices[:8].tolist()} … (the first query is {first!r})"
-                    raise _not_finite(run, f"Update {progress.update + 1}: {error}, in {where}.") from None
-                progress.update += 1
-                rows.append({"update": progress.update, **row, "seconds": round(time.perf_counter() - started, 4)})
-                bar.update()
-                if progress.update % 20 == 0:
-                    tracker.log({"loss": row["loss"], "learning_rate": row["learning_rate"]}, progress.update)
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
-                due = progress.update % settings.validate_every == 0 or progress.update == settings.updates
-                if due:
-                    loss = _the_firsts(evaluate(model, validation).per_token)
+        try:
+            with torch.random.fork_rng(), bar:
+                while not progress.over(settings):
+                    started, indices = time.perf_counter(), next(batches)
+                    found = trainer.step(train, indices, progress.update)
+                    progress.update += 1
+                    report(**found, seconds=round(time.perf_counter() - started, 4))
+                    bar.set_postfix(loss=f"{found['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
+                    bar.update()
+                    if progress.update % settings.validate_every and progress.update < settings.updates:
+                        continue
+                    loss = broadcast(evaluate(model, validation).per_token)
                     if not math.isfinite(loss):
-                        _write_rows(run, rows)
-                        raise _not_finite(run, f"The validation loss after update {progress.update} is {loss}.")
-                    if progress.validated(loss, settings.patience):
-                        best_model = _copy(model)
-                    rows.append({"update": progress.update, "validation_loss": loss})
-                    tracker.log({"validation_loss": loss}, progress.update)
-                stopping = bool(stop)
-                if due or stopping:
-                    _write_rows(run, rows)
-                    rows = []
-                    if rank == 0:
-                        state = {
-                            "settings": settings.to_dict(),
-                            "vocabulary": prepared.vocabulary.to_json(),
-                            "digest": digest,
-                            "precision": precision,
-                            "model": model.state_dict(),
-                            "best_model": best_model,
-                            "optimizer": optimizer.state_dict(),
-                            "progress": dataclasses.asdict(progress),
-                        }
-                        checkpoint.save(run.checkpoint, state)
-        if not progress.over(settings):
-            raise KeyboardInterrupt(f"stopped after update {progress.update}; {_kept(run)} Resume to go on from there.")
-        tracker.summary(best_validation_loss=progress.best_loss, best_update=progress.best_update)
-        if rank == 0:
+                        raise FloatingPointError(f"The validation loss after update {progress.update} is {loss}.")
+                    if progress.is_best(loss):
+                        state.best_model = _copy(model)
+                    report(validation_loss=loss)
+                    if first:
+                        run.append_metrics(rows)
+                        state.model, state.optimizer = model.state_dict(), trainer.optimizer.state_dict()
+                        state.progress = vars(progress).copy()
+                        state.save(run.checkpoint)
+                    kept = progress.update
+        except FloatingPointError as error:
+            if first:
+                run.append_metrics(rows)
+            query = " ".join(prepared.vocabulary.decode(train.queries[indices[0]].tolist()))
+            remedy = "In another run, try a lower learning_rate, clip=1, or precision=fp32."
+            raise NotFiniteError(f"{error} The last batch begins with {query!r}. {_kept(run, kept)} {remedy}") from None
+        except KeyboardInterrupt:
+            resume = " Resume to go on from there." * run.checkpoint.exists()
+            raise Interrupted(f"stopped in update {progress.update + 1}. {_kept(run, kept)}{resume}") from None
+        if first and run.facts().get("progress") != vars(progress):
             run.record(
-                settings=settings.to_dict(),
-                corpus=prepared.corpus,
-                data_digest=prepared.digest,
-                device=str(device),
-                processes=world,
-                precision=precision,
-                progress=dataclasses.asdict(progress),
+                settings=settings.to_dict(), corpus=prepared.corpus, data_digest=prepared.digest, device=str(device),
+                processes=ranks()[1], precision=state.precision, progress=vars(progress),
                 parameters=parameter_count(model),
-            )
-    model.load_state_dict(best_model)
+            )  # fmt: skip
+    model.load_state_dict(state.best_model)
     return model.eval()
 
 
-def read_metrics(run: Run) -> list[dict]:
-    """The rows of `metrics.jsonl`: one an update (loss, …) and one a validation (validation_loss)."""
-    need(run.metrics, "notebook 03_training")
-    rows = []
-    for line in run.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # the last line of a run that was killed while writing
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("update"), int):
-            break
-        rows.append(row)
-    return rows
+def training_digest(settings: Settings, prepared: Prepared) -> str:
+    """Tells whether a checkpoint was trained from these settings and this data, by the same mathematics."""
+    return digest(json.dumps(settings.to_dict(), sort_keys=True), prepared.digest, str(MATHEMATICS))
 
 
-def take_step(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    pairs: Pairs,
-    indices: Tensor,
-    settings: Settings,
-    update: int,
-    precision: str,
-) -> dict[str, float]:
-    """One step of the optimiser on the examples `indices`; returns loss, gradient norm, learning rate and tokens.
-
-    Of several processes each takes every so-many-th example. DistributedDataParallel averages their gradients, so each
-    one's loss is its sum × processes / all tokens: how the tokens fall on the processes then changes nothing.
-    Raises FloatingPointError, before the step, if loss or gradient is not finite.
-    """
-    rank, world = ranks()
-    torch.manual_seed(settings.seed * 1_000_003 + update + (rank << 48))
-    rate = learning_rate(settings, update)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["ratio"]
-    ratio = settings.teacher_forcing_ratio
-    teacher_forcing = ratio == 1 or random.Random(f"{settings.seed} {update}").random() < ratio
-    tokens = int(pairs.response_lengths[indices].sum())
-    share = indices[rank::world]
-    # A process without a share goes through the motions with one example that does not count.
-    batch = pairs.batch(share if len(share) else indices[:1]).dropped(settings.query_dropout, settings.word_dropout)
-    with torch.autocast(batch.query.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        loss = objective(batch, teacher_forcing) / tokens * (len(share) > 0)
-    optimizer.zero_grad(set_to_none=True)
-    (loss * world).backward()
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in objective.parameters()])
-    if world > 1:
-        loss = loss.detach()
-        dist.all_reduce(loss)
-    loss_value, norm_value = loss.item(), norm.item()
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        raise FloatingPointError(f"the loss is {loss_value} and the gradient norm {norm_value}")
-    if 0 < settings.clip < norm_value:  # below the limit, multiplying all gradients by 1 would be a pass for nothing
-        nn.utils.clip_grads_with_norm_(objective.parameters(), settings.clip, norm)
-    optimizer.step()
-    return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate, "tokens": tokens}
+def checkpoint_to_resume(run: Run, prepared: Prepared, settings: Settings) -> Checkpoint:
+    """The folder's checkpoint. Raises UserError if it is of another training, which going on would spoil."""
+    state, new = Checkpoint.load(run.checkpoint), settings.to_dict()
+    if state.digest != training_digest(settings, prepared):
+        old = state.settings
+        changed = [f"{name} {old.get(name)!r}, not {new[name]!r}" for name in new if old.get(name) != new[name]]
+        what = f"with other settings: {', '.join(changed)}" if changed else "on other data, or by other mathematics"
+        remedy = "start over (--fresh; resume = False in notebook 3), which keeps it under another name"
+        raise UserError(f"{display_path(run.checkpoint)} was trained {what}. Choose another run, or {remedy}.")
+    return state
 
 
 def _begin(
-    run: Run, digest: str, settings: Settings, model: Seq2Seq, optimizer: torch.optim.Optimizer, resume: bool
-) -> tuple[Progress, str, dict[str, Tensor]]:
-    """Progress, precision and best weights: those of the folder's checkpoint, if it is of the same settings, data and
-    code, or of a new training. Model, optimiser and the file of metrics are made to fit them."""
-    rank, world = ranks()
-    state = checkpoint.load(run.checkpoint) if resume and run.checkpoint.is_file() else None
-    if world > 1:
-        dist.barrier()  # all have read the checkpoint before the first moves it
-    if state is None or state["digest"] != digest:
-        if rank == 0:
-            if run.checkpoint.exists():
-                previous = run.checkpoint.replace(run.checkpoint.with_name("checkpoint.previous.pt"))
-                if resume:
-                    what = "is of other settings, data or code: training starts anew"
-                    print(f"{shown(previous)} {what}", file=sys.stderr)
-            write_text(run.metrics, "")
-        precision = choose_precision(settings.precision, model.embedding.weight.device)
-        return Progress(), _the_firsts(precision), _copy(model)
-    kinds = (RuntimeError, ValueError, TypeError, KeyError, AttributeError)
-    with refusing(f"{shown(run.checkpoint)} cannot be gone on from", "Move it away.", *kinds):
-        for weights in (state["best_model"], state["model"]):
-            model.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
-    if rank == 0:
-        rows = read_metrics(run) if run.metrics.exists() else []
-        write_text(run.metrics, _as_lines([row for row in rows if row["update"] <= progress.update]))
-    return progress, state["precision"], state["best_model"]
+    run: Run, prepared: Prepared, settings: Settings, model: Seq2Seq, resume: bool
+) -> tuple[Trainer, Progress, Checkpoint]:
+    """A training that goes on from the folder's checkpoint, or a new one. Manifest and metrics are made to fit."""
+    first = ranks()[0] == 0
+    if broadcast(resume and run.checkpoint.exists()):
+        state = checkpoint_to_resume(run, prepared, settings)
+        trainer = Trainer(model, settings, state.precision)
+        kinds = (RuntimeError, ValueError, TypeError, KeyError, AttributeError)
+        with user_errors(f"{display_path(run.checkpoint)} cannot be resumed", "Move it away.", *kinds):
+            for weights in (state.best_model, state.model):
+                model.load_state_dict(weights)
+            trainer.optimizer.load_state_dict(state.optimizer)
+            for parameter, moments in trainer.optimizer.state.items():  # the fused optimisers do not look
+                if any(moment.dim() and moment.shape != parameter.shape for moment in moments.values()):
+                    raise ValueError("the optimiser's state is of other shapes")
+            progress = Progress(**state.progress)
+        rows = [row for row in run.read_metrics() if row["update"] <= progress.update] if run.metrics.exists() else []
+    else:
+        if first and run.checkpoint.exists():
+            print(f"the former checkpoint is kept as {display_path(run.keep_checkpoint())}", file=sys.stderr)
+        precision = broadcast(choose_precision(settings.precision, model.embedding.weight.device))
+        trainer, progress, rows = Trainer(model, settings, precision), Progress(), []
+        made_from, vocabulary = training_digest(settings, prepared), prepared.vocabulary.to_json()
+        state = Checkpoint(settings.to_dict(), vocabulary, made_from, precision, {}, _copy(model), {}, {})
+    if first:
+        run.write_metrics(rows)
+        if not progress.over(settings):
+            run.record_machine(model.embedding.weight.device, progress.update)
+    return trainer, progress, state
 
 
-def _the_firsts(value):
-    """The first process's value, in all of them: what decides must be the same everywhere, to the last digit."""
-    if ranks()[1] > 1:
-        values = [value]
-        dist.broadcast_object_list(values)
-        value = values[0]
-    return value
-
-
-def _record_machine(run: Run, device: torch.device, update: int) -> None:
-    """Note in the manifest what the updates from this one on are made with; say so if that was something else."""
-    facts = machine()
-    here = {name: facts[name] for name in ("threads", "processor", "torch")} | {"device": str(device)}
-    before = [entry for entry in run.facts().get("trained_with", []) if entry["from_update"] < update]
-    changed = [
-        f"{name} {here[name]} instead of {before[-1][name]}"
-        for name in here
-        if before and before[-1][name] != here[name]
-    ]
-    if changed:
-        print(f"resumed with {', '.join(changed)}: the result may differ in its last digits", file=sys.stderr)
-    if changed or not before:
-        before.append({"from_update": update, **here})
-    run.record(trained_with=before)
-
-
-def _not_finite(run: Run, what: str) -> NotFiniteError:
-    return NotFiniteError(f"{what} {_kept(run)} Try a lower learning_rate, clip=1, or precision=fp32.")
-
-
-def _kept(run: Run) -> str:
-    return f"{shown(run.checkpoint)} is kept." if run.checkpoint.exists() else "No checkpoint was written yet."
-
-
-def _write_rows(run: Run, rows: list[dict]) -> None:
-    if ranks()[0] == 0:
-        append_text(run.metrics, _as_lines(rows))
-
-
-def _as_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def _kept(run: Run, update: int) -> str:
+    if not run.checkpoint.exists():
+        return "No checkpoint was written yet."
+    return f"{display_path(run.checkpoint)} of update {update} is kept."
 
 
 def _copy(model: Seq2Seq) -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ import torch
 
 from helpers.batches import Prepared
 from helpers.chat import Chatbot
-from helpers.metrics import exact_matches
+from helpers.decoding import greedy
+from helpers.evaluation import exact_matches, replies_of
 from helpers.run import Run
-from helpers.training import replies_of
 
 RUN = Run.named("sample")
 
@@ -14,7 +14,7 @@ RUN = Run.named("sample")
 def test_the_bot_answers_held_out_queries_exactly():
     data = Prepared.load(RUN.data)
     bot = Chatbot.load(RUN, torch.device("cpu"))
-    replies = replies_of(bot.model, data.splits["test"], bot.vocabulary, bot.settings.max_response_words + 1)
+    replies = replies_of(bot.model, data.splits["test"], bot.vocabulary, bot.settings.max_response_words + 1, greedy)
     references = [response.split() for _, response in data.texts["test"]]
     assert exact_matches(replies, references) >= 0.95
 

@@ -13,12 +13,11 @@ os.environ["TQDM_DISABLE"] = "1"
 import pytest
 import torch
 
-from helpers import sample
+from benchmarks import world
 from helpers.batches import Prepared, prepare
 from helpers.corpus import read_corpus
 from helpers.run import Run
 from helpers.settings import Settings
-from helpers.tracking import Tracker
 from helpers.training import fit
 
 # A shell's background job ignores Ctrl-C, and so would the trainings that the tests interrupt.
@@ -35,7 +34,7 @@ TINY = Settings(
 
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory) -> Path:
-    return sample.write_corpus(tmp_path_factory.mktemp("corpus"), exchanges=600)
+    return world.write_corpus(tmp_path_factory.mktemp("corpus"), exchanges=600)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +46,7 @@ def prepared(corpus_folder) -> Prepared:
 def trained(prepared, tmp_path_factory) -> Run:
     run = Run(tmp_path_factory.mktemp("trained"))
     prepared.save(run.data)
-    fit(run, prepared, TINY, CPU, off(run), progress_bar=False)
+    fit(run, prepared, TINY, CPU, progress_bar=False)
     return run
 
 
@@ -56,7 +55,3 @@ def excerpt() -> Path:
     if not EXCERPT.is_file():
         pytest.skip("the real excerpt of the corpus is not beside this checkout")
     return EXCERPT
-
-
-def off(run: Run) -> Tracker:
-    return Tracker("off", run.folder, {})

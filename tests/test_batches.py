@@ -1,12 +1,14 @@
 import dataclasses
+import itertools
 import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from helpers.batches import BucketedSampler, Pairs, Prepared, padding_share, prepare, prepared_data, split
+from helpers.batches import BucketedSampler, Pairs, Prepared, prepare, split
 from helpers.corpus import Corpus, Exchange, read_corpus
-from helpers.run import read_tensors, write_tensors
 from helpers.settings import Settings, UserError
 from helpers.text import EOS, PAD, SOS, UNK, tokenise
 from tests.conftest import TINY
@@ -15,6 +17,29 @@ from tests.conftest import TINY
 def corpus_of(*pairs, movies=None):
     exchanges = [Exchange(q, r, f"L{i}", (movies or {}).get(i, f"m{i}")) for i, (q, r) in enumerate(pairs)]
     return Corpus("made", exchanges, 2 * len(pairs), len(pairs), 0, "digest")
+
+
+def talks(*conversations):
+    """A corpus of whole conversations, given as lists of lines, each in a movie of its own."""
+    exchanges = [
+        Exchange(query, response, f"L{number}", f"m{number}")
+        for number, lines in enumerate(conversations)
+        for query, response in itertools.pairwise(lines)
+    ]
+    return Corpus("made", exchanges, sum(map(len, conversations)), len(conversations), 0, "digest")
+
+
+def in_words(pairs, vocabulary):
+    """The rows of a split as (query, response), UNK and EOS spelt out; what follows a row's length must be PAD."""
+    rows = []
+    for query, words, response, more in zip(
+        pairs.queries, pairs.query_lengths, pairs.responses, pairs.response_lengths, strict=True
+    ):
+        assert (query[words:] == PAD).all()
+        assert (response[more:] == PAD).all()
+        sides = (query[:words].tolist(), response[:more].tolist())
+        rows.append(tuple(" ".join(vocabulary.words[index] for index in side) for side in sides))
+    return rows
 
 
 def test_every_movie_has_one_part_and_every_part_its_share(corpus_folder):
@@ -58,7 +83,7 @@ def test_rare_words_become_unk_or_their_pairs_are_dropped():
 
 
 def test_too_little_for_three_parts_is_an_error():
-    with pytest.raises(UserError, match="No exchange is left"):
+    with pytest.raises(UserError, match="Too little is left to split"):
         prepare(corpus_of(("hello", "yes"), ("hi", "no")), Settings(min_count=1))
 
 
@@ -95,6 +120,13 @@ def test_batches_go_on_from_any_update(prepared):
     assert torch.equal(whole[37], later)
 
 
+def padding_share(batches, pairs):
+    """The share of places, in queries and responses, that hold padding in these batches."""
+    made = [pairs.batch(indices) for indices in batches]
+    sides = [side for batch in made for side in (batch.query, batch.targets)]
+    return sum(int((side == PAD).sum()) for side in sides) / sum(side.numel() for side in sides)
+
+
 def test_buckets_waste_less_padding(prepared):
     train = prepared.splits["train"]
     random_batches = list(torch.randperm(len(train)).split(16))
@@ -120,7 +152,7 @@ def test_missing_and_damaged_data_say_what_to_do(tmp_path, prepared):
         Prepared.load(path)
     prepared.save(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="prepare the data again"):
+    with pytest.raises(UserError, match=r"data\.pt cannot be loaded .*01_data_preparation"):
         Prepared.load(path)
 
 
@@ -129,6 +161,17 @@ def test_the_digest_tells_data_settings_apart_and_ignores_the_rest(corpus_folder
     base = prepare(corpus, TINY).digest
     assert prepare(corpus, TINY.change(hidden_size=32, updates=7)).digest == base
     assert prepare(corpus, TINY.change(min_count=3)).digest != base
+
+
+def test_the_digest_tells_the_files_contents_apart_wherever_they_lie(corpus_folder, prepared, tmp_path):
+    copy = shutil.copytree(corpus_folder, tmp_path / "copy")
+    assert prepare(read_corpus(copy), TINY).digest == prepared.digest
+    lines = copy / "movie_lines.txt"
+    lines.write_bytes(lines.read_bytes().replace(b"London", b"Leeds"))
+    changed = prepare(read_corpus(copy), TINY)
+    assert changed.digest != prepared.digest
+    assert "leeds" in changed.counts
+    assert "leeds" not in prepared.counts
 
 
 def test_an_empty_query_is_silence(prepared):
@@ -152,14 +195,35 @@ def test_openers_answer_silence_and_are_trained_on_only(corpus_folder):
     assert torch.equal(without.splits["test"].responses, with_openers.splits["test"].responses)
 
 
+def test_of_a_conversation_the_first_line_alone_is_an_opener():
+    plain = [[f"opener{n}", f"second{n}", f"third{n}", f"fourth{n}"] for n in range(20)]
+    odd = [
+        ["second1 second2", "far too long for a reply", "third1"],  # an opener, though its answer is dropped
+        ["far too long for a reply", "second3", "third3"],  # none: nothing that may be replied is so long
+        ["«»", "third4", "fourth4"],  # none: no word is left of it
+    ]
+    choices = Settings(openers=True, max_response_words=4, min_count=1, held_out_share=0.15, seed=13)
+    data = prepare(talks(*plain, *odd), choices)
+    rows = in_words(data.splits["train"], data.vocabulary)
+    opened = [response for query, response in rows if query == "<eos>"]
+    chosen = split(talks(*plain, *odd).exchanges, 0.15, choices.seed)
+    expected = [f"opener{n} <eos>" for n in range(20) if chosen[f"m{n}"] == "train"]
+    assert sorted(opened) == sorted([*expected, "second1 second2 <eos>"])
+    assert chosen["m20"] == chosen["m21"] == chosen["m22"] == "train"  # so that all three count here
+    assert len(opened) == data.report["openers"]
+    assert [row for row in rows if row[0] != "<eos>"] == in_words(
+        prepare(talks(*plain, *odd), choices.change(openers=False)).splits["train"], data.vocabulary
+    )
+
+
 def test_dropped_queries_are_silence_and_dropped_words_unknown(prepared):
     batch = prepared.splits["train"].batch(torch.arange(64))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    same = batch.dropped(0.0, 0.0)
+    same = batch.with_dropout(0.0, 0.0)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(same, batch, strict=True))
-    fewer = batch.dropped(0.5, 0.3)
+    fewer = batch.with_dropout(0.5, 0.3)
     silent = (fewer.query == EOS)[:, 0]
     assert 16 < silent.sum() < 48
     assert (fewer.query_lengths[silent] == 1).all()
@@ -185,43 +249,59 @@ def test_the_line_before_can_precede_the_query():
     assert data.texts["test"][1][0] == "word1 is here"
 
 
-def test_prepared_data_is_kept_under_a_key_of_files_and_settings(corpus_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.batches.DATA", tmp_path)
-    corpus = tmp_path / "corpus"
-    shutil.copytree(corpus_folder, corpus)
-    first = prepared_data(corpus, TINY)
-    kept = lambda: sorted(tmp_path.glob("cache/*.pt"))  # noqa: E731
-    assert len(kept()) == 1
-    monkeypatch.setattr("helpers.batches.prepare", lambda *_: pytest.fail("was prepared again"))
-    again = prepared_data(corpus, TINY.change(hidden_size=8))
-    assert again.settings.hidden_size == 8
-    assert (again.digest, again.texts, again.counts) == (first.digest, first.texts, first.counts)
-    assert torch.equal(again.splits["train"].queries, first.splits["train"].queries)
-    monkeypatch.undo()
-    monkeypatch.setattr("helpers.batches.DATA", tmp_path)
-    assert prepared_data(corpus, TINY.change(min_count=5)).digest != first.digest
-    lines = corpus / "movie_lines.txt"
-    lines.write_bytes(lines.read_bytes().replace(b"London", b"Leeds"))
-    assert prepared_data(corpus, TINY).digest != first.digest
-    assert len(kept()) == 3
-    for path in kept():
-        path.write_bytes(b"torn")
-    assert "leeds" in prepared_data(corpus, TINY).counts
+def test_context_never_reaches_across_conversations():
+    talk = talks(*([f"a{n} b{n}", f"c{n} d{n}", f"e{n} f{n}"] for n in range(30)))
+    one_movie = [exchange._replace(movie=f"m{number // 12}") for number, exchange in enumerate(talk.exchanges)]
+    corpus = dataclasses.replace(talk, exchanges=one_movie)  # many conversations one after another in each movie
+    data = prepare(corpus, Settings(context_words=50, min_count=1, held_out_share=0.15))
+    for pairs in data.splits.values():
+        assert set(pairs.query_lengths.tolist()) == {2, 5}, "two words; or two, EOS and two"
+    rows = in_words(data.splits["train"], data.vocabulary)
+    numbers = [response.split()[0][1:] for _, response in rows[::2]]
+    assert rows == [
+        row
+        for n in numbers
+        for row in ((f"a{n} b{n}", f"c{n} d{n} <eos>"), (f"a{n} b{n} <eos> c{n} d{n}", f"e{n} f{n} <eos>"))
+    ]
+
+
+def test_the_line_before_counts_though_its_own_exchange_was_dropped():
+    lines = ["hello there", "one two three four five", "yes", "no"]
+    corpus = talks(*([lines] * 12))
+    data = prepare(corpus, Settings(context_words=2, max_response_words=3, max_query_words=3, min_count=1))
+    row = ("<unk> <unk> <eos> yes", "no <eos>")  # "four five", which no kept exchange holds
+    assert set(in_words(data.splits["train"], data.vocabulary)) == {row}
+    assert data.report["response too long"] == data.report["query too long"] == 12
+
+
+STRANGE = st.text(st.sampled_from("aB 'é’İßΣ<u>/i≮.!?\n\r\u0301\x85\u2028 9"), max_size=12)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(STRANGE, STRANGE), max_size=20))
+def test_every_row_holds_what_tokenising_its_lines_gives(texts):
+    corpus = corpus_of(*[("Hello there.", "Good day!")] * 30, *texts)
+    chosen = split(corpus.exchanges, 0.1, 1)
+    data = prepare(corpus, Settings(min_count=1))
+    for name, pairs in data.splits.items():
+        own = [exchange for exchange in corpus.exchanges if chosen[exchange.movie] == name]
+        words = [(tokenise(exchange.query), tokenise(exchange.response)) for exchange in own]
+        kept = [(query, response) for query, response in words if query and response]
+        known = lambda said: " ".join(word if word in data.vocabulary else "<unk>" for word in said)  # noqa: E731
+        assert in_words(pairs, data.vocabulary) == [(known(q), f"{known(r)} <eos>") for q, r in kept]
+        if name != "train":
+            assert data.texts[name] == [(" ".join(query), " ".join(response)) for query, response in kept]
 
 
 def test_data_that_was_tampered_with_is_named(prepared, tmp_path):
     path = tmp_path / "data.pt"
     prepared.save(path)
-    state = read_tensors(path, "")
+    state = torch.load(path, weights_only=True)
     for spoilt in ("[" * 100_000, "{", "[1]"):  # nested too deep, torn, of another kind
-        write_tensors(path, state | {"texts": spoilt})
+        torch.save(state | {"texts": spoilt}, path)
         with pytest.raises(UserError, match="is incomplete"):
             Prepared.load(path)
-
-
-def test_a_folder_of_a_corpus_file_s_name_is_none_of_the_corpus(corpus_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.batches.DATA", tmp_path / "data")
-    corpus = tmp_path / "corpus"
-    shutil.copytree(corpus_folder, corpus)
-    (corpus / "extra" / "movie_lines.txt").mkdir(parents=True)
-    assert prepared_data(corpus, TINY).report["train"] > 0
+    for other in (state | {"format": state["format"] + 1}, {"format": state["format"]}, {}):
+        torch.save(other, path)
+        with pytest.raises(UserError, match=r"data\.pt .*(format|incomplete)"):
+            Prepared.load(path)

@@ -2,8 +2,10 @@ import dataclasses
 import io
 
 import pytest
+import torch
 
 from helpers.chat import NO_WORDS, NOTHING_SAID, Chatbot, chat_box, converse
+from helpers.decoding import beam_search, greedy, mmi, sample
 from helpers.settings import UserError
 from tests.conftest import CPU
 
@@ -75,6 +77,21 @@ def test_mmi_is_recommended_where_the_model_was_trained_for_it_and_else_refused(
     assert other.reply("Hello.") == other.reply("Hello.", "greedy")
     with pytest.raises(UserError, match="query_dropout"):
         other.reply("Hello.", "mmi")
+    assert list(bot.decoders()) == ["mmi", "greedy", "beam", "sampling"]
+    assert list(other.decoders()) == ["greedy", "beam", "sampling"]
+
+
+def test_the_decoders_are_what_the_names_say(bot, prepared):
+    batch = prepared.splits["test"].batch(torch.arange(5))
+    for name, search in bot.decoders(seed=3, temperature=0.5).items():
+        given = (bot.model, batch.query, batch.query_lengths, 8)
+        assert torch.equal(search(*given), bot.search(name, 3, 0.5)(*given))
+        expected = {
+            "mmi": lambda given: mmi(*given, seed=3), "greedy": lambda given: greedy(*given),
+            "beam": lambda given: beam_search(*given, beam=5),
+            "sampling": lambda given: sample(*given, temperature=0.5, top_p=0.9, seed=3),
+        }  # fmt: skip
+        assert torch.equal(search(*given), expected[name](given)), name
 
 
 def test_attention_of_the_last_reply_in_a_terminal(bot):
@@ -100,7 +117,7 @@ def test_the_box_shows_what_was_said_without_running_it(bot):
     assert "<script>" not in history.value
     assert "&lt;script&gt;" in history.value
     assert line.value == ""
-    assert decoder.value == bot.decoders[0]
+    assert decoder.value == next(iter(bot.decoders()))
 
 
 def test_the_box_draws_attention_and_begins_anew(bot):

@@ -1,10 +1,14 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+import helpers.__main__
 from helpers.__main__ import main
+from helpers.settings import load_profile, parse_changes
+from helpers.training import Checkpoint
 
 SMALL = ["--set", "updates=4", "validate_every=2", "hidden_size=16", "embedding_size=16", "held_out_share=0.15"]
 
@@ -24,6 +28,27 @@ def trained_by_command(corpus_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("arguments", "profile"),
+    [
+        (["train", "--run", "r"], "sample"),
+        (["sweep", "--run", "r", "f.yaml"], "sweep"),
+        (["sweep-worker", "--run", "r", "id"], "sweep"),
+    ],
+)
+def test_each_command_has_the_profile_of_its_own(arguments, profile):
+    options = helpers.__main__._parser().parse_args(arguments)
+    assert (options.profile, options.corpus, options.set) == (profile, "sample", [])
+    assert helpers.__main__._parser().parse_args([*arguments, "--profile", "classic"]).profile == "classic"
+
+
+def test_training_is_with_the_profiles_settings_and_the_changes(trained_by_command):
+    changes = parse_changes(SMALL[1:])
+    expected = load_profile("sample").change(**changes).to_dict()
+    assert Checkpoint.load(trained_by_command / "checkpoint.pt").settings == expected
+    assert json.loads((trained_by_command / "manifest.json").read_text())["settings"] == expected
+
+
 def test_training_into_a_used_folder_needs_resume(trained_by_command, corpus_folder):
     done = run("train", "--corpus", corpus_folder, "--run", trained_by_command, *SMALL)
     assert done.returncode == 1
@@ -33,6 +58,50 @@ def test_training_into_a_used_folder_needs_resume(trained_by_command, corpus_fol
     done = run("train", "--corpus", corpus_folder, "--run", trained_by_command, *SMALL, "--resume")
     assert done.returncode == 0, done.stderr
     assert (trained_by_command / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_folder_of_another_training_stays_as_it_is_until_it_is_begun_anew(
+    trained_by_command, corpus_folder, tmp_path, capsys
+):
+    folder = shutil.copytree(trained_by_command, tmp_path / "run")
+    contents = lambda: {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}  # noqa: E731
+    before = contents()
+
+    def train(*more):
+        status = main(["train", "--corpus", str(corpus_folder), "--run", str(folder), *SMALL, *more])
+        return status, capsys.readouterr().err
+
+    status, error = train()
+    assert (status, len(error.splitlines())) == (1, 1)
+    assert "--resume" in error
+    assert "--fresh" in error
+    for changed, named in (("learning_rate=0.01", "learning_rate 0.005, not 0.01"), ("seed=2", "seed 1, not 2"),
+                           ("min_count=1", "min_count 2, not 1")):  # fmt: skip
+        status, error = train(changed, "--resume")
+        assert status == 1
+        assert f"checkpoint.pt was trained with other settings: {named}. " in error, error
+        assert (folder / "checkpoint.pt").read_bytes() == before["checkpoint.pt"]
+        assert contents() == before, "not even its data is another's"
+    for number, changed in ((1, "seed=2"), (2, "seed=3")):
+        status, error = train(changed, "--fresh")
+        assert status == 0, error
+        assert f"the former checkpoint is kept as {folder}/checkpoint.{number}.pt" in error
+    assert (folder / "checkpoint.1.pt").read_bytes() == before["checkpoint.pt"]
+    seeds = [Checkpoint.load(folder / f"checkpoint{kept}.pt").settings["seed"] for kept in (".1", ".2", "")]
+    assert seeds == [1, 2, 3]
+
+
+def test_to_go_on_and_to_begin_anew_exclude_each_other(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--run", str(tmp_path), "--resume", "--fresh"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["--fresh", "--resume"])
+def test_an_empty_folder_can_be_trained_into_either_way(corpus_folder, tmp_path, way, capsys):
+    assert main(["train", "--corpus", str(corpus_folder), "--run", str(tmp_path / "run"), *SMALL, way]) == 0
+    assert "best validation loss" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.pt")) == ["checkpoint.pt", "data.pt"]
 
 
 def test_score_prints_one_line_of_json(trained_by_command, tmp_path):

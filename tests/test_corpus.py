@@ -10,6 +10,7 @@ import pytest
 
 from helpers import corpus as corpus_module
 from helpers.corpus import download, read_corpus
+from helpers.run import ROOT
 from helpers.settings import UserError
 
 LINES = [
@@ -75,6 +76,34 @@ def test_folder_zip_and_convokit_give_the_same_exchanges(tmp_path):
     jsonl.mkdir()
     shutil.copy(tmp_path / "utterances.jsonl", jsonl)
     assert read_corpus(as_zip(jsonl, tmp_path / "k.zip", "movie-corpus/")).exchanges == convokit
+
+
+def test_the_embedded_corpus_is_the_two_files_as_they_lie_there(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # from wherever it is asked for
+    corpus = read_corpus("sample")
+    files = [ROOT / "corpora" / "sample" / name for name in ("movie_lines.txt", "movie_conversations.txt")]
+    lines, conversations = (path.read_bytes() for path in files)
+    assert corpus.digest == hashlib.sha256(lines + conversations).hexdigest()
+    assert (corpus.name, corpus.lines, corpus.conversations) == (
+        "sample",
+        lines.count(b"\n"),
+        conversations.count(b"\n"),
+    )
+    assert len(corpus.exchanges) == corpus.lines - corpus.conversations  # nothing is left out
+    assert corpus.silent == 0
+    first = lines.decode("ascii").splitlines()[:2]
+    assert corpus.exchanges[0] == (*(line.split(" +++$+++ ")[4] for line in first), "L0", "m0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_corpus_is_read_and_not_made(monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus_module, "SAMPLE", write(tmp_path / "c"))
+    corpus = read_corpus("sample")
+    assert corpus.name == "sample"
+    assert corpus.exchanges == read_corpus(tmp_path / "c").exchanges
+    monkeypatch.setattr(corpus_module, "SAMPLE", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        read_corpus("sample")
 
 
 def test_the_real_excerpt(excerpt):
@@ -153,6 +182,14 @@ def test_a_zip_without_the_files_or_with_two_corpora(tmp_path):
         read_corpus(tmp_path / "two")
 
 
+@pytest.mark.parametrize("name", ["movie_lines.txt", "movie_conversations.txt", "utterances.jsonl"])
+def test_a_folder_of_a_corpus_file_s_name_is_none_of_the_corpus(tmp_path, name):
+    folder = write(tmp_path / "c")
+    expected = read_corpus(folder)
+    (folder / "extra" / name).mkdir(parents=True)
+    assert read_corpus(folder) == expected
+
+
 def test_a_member_that_claims_to_be_huge_is_refused(tmp_path, monkeypatch):
     path = as_zip(write(tmp_path / "c"), tmp_path / "c.zip")
     monkeypatch.setattr(corpus_module, "LARGEST_FILE", 100)
@@ -206,11 +243,13 @@ def test_a_wrong_checksum_leaves_nothing_behind(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kept_file_that_changed_is_not_used(tmp_path):
+def test_a_kept_file_that_changed_is_not_used(server, tmp_path):
     path = tmp_path / "corpus.zip"
     path.write_bytes(b"changed")
-    with pytest.raises(UserError, match="Delete it"):
+    with pytest.raises(UserError, match=r"put it at .*corpus\.zip"):
         download("http://127.0.0.1:1/corpus.zip", path, "0" * 64)
+    server.content = b"the true one"
+    assert download(server.url, path, hashlib.sha256(server.content).hexdigest()).read_bytes() == server.content
 
 
 def test_without_network_it_says_where_to_put_the_file(tmp_path):

@@ -3,7 +3,6 @@ import itertools
 import pytest
 import torch
 
-from helpers.checkpoint import load_model
 from helpers.decoding import (
     GreedySearch,
     _repeats,
@@ -11,15 +10,16 @@ from helpers.decoding import (
     beam_search,
     filtered,
     greedy,
-    log_probability,
     mmi,
     mutual_information,
     sample,
     silence,
 )  # fmt: skip
+from helpers.evaluation import batch_loss, log_probability
+from helpers.model import new_model
 from helpers.settings import UserError
 from helpers.text import EOS, PAD, SOS, UNK
-from helpers.training import batch_loss, new_model
+from helpers.training import load_model
 from tests.conftest import CPU, TINY
 
 

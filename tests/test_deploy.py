@@ -6,13 +6,15 @@ import sys
 import pytest
 import torch
 
-from helpers.checkpoint import load_model
 from helpers.decoding import GreedySearch
 from helpers.deploy import BlockSearch, captured, compiled, load_scripted, quantised, save_scripted, script
+from helpers.evaluation import evaluate
 from helpers.latency import answers, parity
+from helpers.model import new_model
 from helpers.settings import UserError
-from helpers.training import evaluate, new_model
+from helpers.training import load_model
 from tests.conftest import CPU, TINY
+from tests.test_model import SCORES
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,11 @@ def test_the_scripted_search_says_what_eager_says(saved, prepared):
     counts = compared(model, search, prepared.splits["test"])
     assert counts["different"] == 0
     assert counts["identical"] + counts["tied"] == len(prepared.splits["test"])
-    eager, scripted = (evaluate(m, prepared.splits["test"]).per_token for m in (model, search))
+    eager, scripted = (evaluate(m, prepared.splits["test"]).per_token for m in (model, search.model))
     assert scripted == pytest.approx(eager, rel=1e-5)
 
 
-@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("feeding", [False, True])
 def test_every_kind_of_model_scripts_and_goes_in_blocks(prepared, score, feeding):
     model = new_model(TINY.change(attention=score, input_feeding=feeding), len(prepared.vocabulary)).eval()

@@ -1,6 +1,7 @@
 """Two processes on the CPU train what one does."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -9,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from helpers import checkpoint
 from helpers.batches import Prepared
 from helpers.run import Run
-from helpers.training import fit, read_metrics
-from tests.conftest import CPU, TINY, off
+from helpers.settings import UserError
+from helpers.training import Checkpoint, fit
+from tests.conftest import CPU, TINY
 
 PLAIN = TINY.change(dropout=0.0, query_dropout=0.0, updates=50, validate_every=25, batch_size=31)
 CASES = {
@@ -34,9 +35,25 @@ def one_of_two(rank, folder):
     data = small(Prepared.load(folder / "data.pt"))
     for name, settings in CASES.items():
         run = Run(folder / f"two {name}")
-        model = fit(run, data, settings, CPU, off(run), progress_bar=False)
+        model = fit(run, data, settings, CPU, progress_bar=False)
         torch.save(model.state_dict(), folder / f"{name} {rank}.pt")
+    refused_and_begun_anew(rank, folder, data)
     dist.destroy_process_group()
+
+
+def refused_and_begun_anew(rank, folder, data):
+    run, settings = Run(folder / "kept"), CASES["empty shares"]
+    fit(run, data, settings, CPU, progress_bar=False)
+    if rank == 0:  # who writes
+        shutil.copy(run.checkpoint, folder / "before")
+    dist.barrier()  # here both go on in one process; a command would end
+    with pytest.raises(UserError) as raised:
+        fit(run, data, settings.change(seed=2), CPU, progress_bar=False)
+    (folder / f"refused {rank}").write_text(str(raised.value))
+    dist.barrier()
+    if rank == 0:
+        shutil.copy(run.checkpoint, folder / "after the refusal")
+    fit(run, data, settings.change(seed=2), CPU, resume=False, progress_bar=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +63,21 @@ def folder(prepared, tmp_path_factory):
     torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2)
     for name, settings in CASES.items():
         run = Run(folder / f"one {name}")
-        fit(run, small(prepared), settings, CPU, off(run), progress_bar=False)
+        fit(run, small(prepared), settings, CPU, progress_bar=False)
     return folder
 
 
 @pytest.mark.parametrize("name", ["sgd", "empty shares"])
 def test_with_sgd_two_processes_end_with_the_weights_of_one(folder, name):
-    one = checkpoint.load(Run(folder / f"one {name}").checkpoint)["model"]
-    two = checkpoint.load(Run(folder / f"two {name}").checkpoint)["model"]
+    one = Checkpoint.load(Run(folder / f"one {name}").checkpoint).model
+    two = Checkpoint.load(Run(folder / f"two {name}").checkpoint).model
     for key in one:
         assert torch.allclose(one[key], two[key], rtol=1e-5, atol=1e-6), key
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_updates_loss_and_tokens_are_those_of_the_whole_batch(folder, name):
-    one, two = (read_metrics(Run(folder / f"{who} {name}")) for who in ("one", "two"))
+    one, two = (Run(folder / f"{who} {name}").read_metrics() for who in ("one", "two"))
     assert [row.get("tokens") for row in one] == [row.get("tokens") for row in two]
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "validation_loss"):
@@ -71,6 +88,18 @@ def test_each_updates_loss_and_tokens_are_those_of_the_whole_batch(folder, name)
 def test_all_processes_end_with_the_same_model(folder, name):
     first, second = (torch.load(folder / f"{name} {rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_two_processes_refuse_another_training_together_and_keep_it_aside_once(folder):
+    run = Run(folder / "kept")
+    for rank in (0, 1):
+        told = (folder / f"refused {rank}").read_text()
+        assert "checkpoint.pt was trained with other settings: seed 1, not 2. " in told
+    before, after = (folder / "before").read_bytes(), (folder / "after the refusal").read_bytes()
+    assert before == after == (run.folder / "checkpoint.1.pt").read_bytes()
+    assert sorted(path.name for path in run.folder.glob("*.pt")) == ["checkpoint.1.pt", "checkpoint.pt"]
+    assert Checkpoint.load(run.checkpoint).settings["seed"] == 2
+    assert [row["update"] for row in run.read_metrics() if "loss" in row] == list(range(1, 7))
 
 
 def test_one_process_goes_on_where_two_stopped_and_the_other_way_round(corpus_folder, tmp_path):
@@ -86,15 +115,16 @@ def test_one_process_goes_on_where_two_stopped_and_the_other_way_round(corpus_fo
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("best validation loss") == 1
-        return [row["update"] for row in read_metrics(Run(tmp_path / "run")) if "loss" in row]
+        return [row["update"] for row in Run(tmp_path / "run").read_metrics() if "loss" in row]
 
     assert train(2, 6) == list(range(1, 7))
     path = tmp_path / "run" / "checkpoint.pt"
-    state = checkpoint.load(path)
-    state["progress"]["update"] = 3  # as if it had been stopped there
-    checkpoint.save(path, {key: value for key, value in state.items() if key != "format"})
+    state = Checkpoint.load(path)
+    state.progress["update"] = 3  # as if it had been stopped there
+    state.save(path)
     assert train(1, 6, "--resume") == list(range(1, 7))
-    state["progress"]["update"] = 3
-    checkpoint.save(path, {key: value for key, value in state.items() if key != "format"})
+    assert Checkpoint.load(path).progress["update"] == 6
+    state.save(path)
     assert train(2, 6, "--resume") == list(range(1, 7))
-    assert not path.with_name("checkpoint.previous.pt").exists()
+    assert Checkpoint.load(path).progress["update"] == 6
+    assert not list(path.parent.glob("checkpoint.*.pt"))

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from helpers.importance import effects, importance, importance_intervals, zeroed_clip
+from helpers.importance import effects, importance, importance_intervals, losses_by_value
 from helpers.run import ROOT
 from helpers.sweep import read_sweep
 
@@ -67,6 +67,24 @@ def test_too_few_trials_have_no_bounds():
     assert told.loc["optimizer", "low"] < told.loc["optimizer", "high"]
 
 
+def test_thirds_are_named_by_the_numbers_in_them():
+    rates = [1e-4, 2e-4, 3e-4, 4e-4, 5e-3, 6e-3, 7e-3, 8e-3, 2e-2]
+    trials = pd.DataFrame({"x": rates, "k": list("abcdefghi"), "few": [1, 2, 3] * 3, "validation loss": range(9)})
+    thirds = losses_by_value(trials.sample(frac=1, random_state=0), "x")
+    assert list(thirds) == ["0.0001 to 0.0003", "0.0004 to 0.006", "0.007 to 0.02"]
+    assert [sorted(losses) for losses in thirds.values()] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert list(losses_by_value(trials, "k")) == list("abcdefghi")  # words are no range
+    assert {value: list(losses) for value, losses in losses_by_value(trials, "few").items()} == {
+        "1": [0, 3, 6], "2": [1, 4, 7], "3": [2, 5, 8],
+    }  # fmt: skip
+    skewed = pd.DataFrame({"x": [0.1] * 20 + [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "validation loss": range(26)})
+    parts = losses_by_value(skewed, "x")
+    assert len(parts) <= 2
+    assert sum(map(len, parts.values())) == 26
+    unfinished = pd.concat([trials, trials.tail(1).assign(**{"validation loss": np.nan, "few": 9})])
+    assert losses_by_value(unfinished, "few").keys() == {"1", "2", "3"}
+
+
 def test_a_range_counts_by_terciles():
     trials = table().assign(dropout=np.linspace(0, 0.5, 60))
     trials["validation loss"] = trials["dropout"]
@@ -78,5 +96,6 @@ def test_a_range_counts_by_terciles():
 def test_clip_0_taken_literally_makes_clip_look_decisive():
     trials = table()
     assert importance(trials, SPEC)["fANOVA"]["clip"] < 0.1
-    frozen = importance(zeroed_clip(trials, 12.0), SPEC)["fANOVA"]
+    untrained = trials["validation loss"].mask(trials["clip"] == 0, 12.0)  # every gradient 0: nothing is learnt
+    frozen = importance(trials.assign(**{"validation loss": untrained}), SPEC)["fANOVA"]
     assert frozen.idxmax() == "clip"

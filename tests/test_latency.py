@@ -8,15 +8,16 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import latency, stepwise
+from benchmarks import classic
+from helpers import latency
 from helpers.__main__ import main
 from helpers.batches import Prepared
-from helpers.checkpoint import load_model
 from helpers.decoding import GreedySearch
-from helpers.latency import answers, measure, parity, report, table
+from helpers.latency import Subject, answers, measure, parity, report, table, textbook_greedy
+from helpers.model import new_model
 from helpers.run import Run
 from helpers.settings import UserError
-from helpers.training import new_model
+from helpers.training import load_model
 from tests.conftest import CPU, TINY
 
 
@@ -26,7 +27,7 @@ def bot(trained, prepared):
 
 
 def rows_of(bot, compilation=False, **options):
-    rows, left_out = table("m", *bot, 12, [1, 4], queries=20, replies=10, compilation=compilation, **options)
+    rows, left_out = table(Subject("m", *bot, 12), [1, 4], queries=20, replies=10, compilation=compilation, **options)
     return pd.DataFrame(rows), left_out
 
 
@@ -55,7 +56,7 @@ def test_near_ties_are_told_from_differences(bot, monkeypatch):
 
 def test_what_follows_the_end_is_no_answer(bot):
     model, test = bot
-    textbook = answers(lambda *given: stepwise.greedy(model, *given), test, 12, size=7)
+    textbook = answers(lambda *given: textbook_greedy(model, *given), test, 12, size=7)
     assert parity(model, test, answers(GreedySearch(model).eval(), test, 12), textbook)["different"] == 0
 
 
@@ -114,10 +115,13 @@ def test_a_compiler_that_is_missing_leaves_its_rows_out_with_the_reason(bot, mon
 
 
 def test_the_classic_size_answers_in_ten_words(prepared, monkeypatch):
-    monkeypatch.setattr(latency, "CLASSIC", TINY)
-    monkeypatch.setattr(latency, "CLASSIC_UPDATES", 60)
-    model, test = latency.classic(prepared, CPU)
-    assert model.output.out_features == latency.CLASSIC_WORDS
+    assert (classic.CLASSIC.hidden_size, classic.CLASSIC.layers, classic.WORDS) == (500, 2, 7_800)
+    monkeypatch.setattr(classic, "CLASSIC", TINY)
+    monkeypatch.setattr(classic, "UPDATES", 60)
+    name, model, test, max_words = classic.classic(prepared, CPU)
+    assert name.startswith("classic: ")
+    assert max_words == 10
+    assert model.output.out_features == classic.WORDS
     assert (test.response_lengths == 10).all()
     assert (test.responses[:, :10] > 2).all()
     ids = GreedySearch(model)(*test.batch(torch.arange(8))[:2], 10)

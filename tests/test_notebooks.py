@@ -16,12 +16,11 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from helpers import checkpoint
 from helpers.__main__ import main
 from helpers.run import ROOT, Run
-from helpers.training import fit
-from tests.conftest import CPU, SOAK, TINY, off
-from tests.test_faults import equal
+from helpers.training import Checkpoint, fit
+from tests.conftest import CPU, SOAK, TINY
+from tests.test_faults import equal, timeless
 from tests.test_project import NOTEBOOKS
 
 soak = pytest.mark.skipif(not SOAK, reason="takes minutes: make soak")
@@ -124,16 +123,14 @@ def test_ctrl_c_in_a_notebook_keeps_what_was_trained_and_the_cell_goes_on_from_t
     start = f"""
 import torch; torch.set_num_threads(1)
 from helpers.batches import Prepared
-from helpers.run import Run, start_notebook
+from helpers.run import Run
 from helpers.settings import Settings
-from helpers.tracking import Tracker
 from helpers.training import fit
-start_notebook()
 run = Run({str(run.folder)!r})
 data, settings = Prepared.load(run.data), Settings().change(**{settings.to_dict()!r})
 import os; print("kernel", os.getpid())
 """
-    train = "fit(run, data, settings, torch.device('cpu'), Tracker('off', None, {}), progress_bar=False);"
+    train = "fit(run, data, settings, torch.device('cpu'), progress_bar=False);"
     notebook = Notebook([nbformat.v4.new_code_cell(start), nbformat.v4.new_code_cell(train)])
 
     def press(process: int) -> None:
@@ -147,13 +144,19 @@ import os; print("kernel", os.getpid())
         process = int(re.search(r"kernel (\d+)", notebook.text(0))[1])
         threading.Thread(target=press, args=[process], daemon=True).start()
         errors = notebook.run([1])
-        update = checkpoint.load(run.checkpoint)["progress"]["update"]
+        update = Checkpoint.load(run.checkpoint).progress["update"]
         assert len(errors) == 1
-        assert f"stopped after update {update};" in errors[0]
-        assert 8 <= update < 80
+        kept = rf"{re.escape(str(run.checkpoint))} of update {update} is kept\. Resume to go on from there\."
+        stopped = re.fullmatch(rf"Interrupted: stopped in update (\d+)\. {kept}", errors[0])
+        assert stopped, errors
+        assert 8 <= update < int(stopped[1]) <= 80
+        shown = [output for output in notebook.cells[1].outputs if output.output_type == "error"]
+        sentence = errors[0].removeprefix("Interrupted: ")
+        assert [output.traceback for output in shown] == [[f"KeyboardInterrupt: {sentence}"]]  # and not the way to it
         assert notebook.run([1]) == []
-    fit(straight, prepared, settings, CPU, off(straight), progress_bar=False)
-    assert equal(checkpoint.load(run.checkpoint), checkpoint.load(straight.checkpoint))
+    fit(straight, prepared, settings, CPU, progress_bar=False)
+    assert equal(Checkpoint.load(run.checkpoint), Checkpoint.load(straight.checkpoint))
+    assert timeless(run) == timeless(straight)
 
 
 def test_a_wandb_key_stays_out_of_a_notebook_and_of_its_run(prepared, monkeypatch):
@@ -217,7 +220,7 @@ def test_one_seed_gives_the_same_tensors_in_a_notebook_under_papermill_and_from_
         else:
             command = ["train", "--corpus", "sample", "--profile", "sample", "--set", *SHORT.split()]
             assert main([*command, "--run", str(Run.named("sample").folder)]) == 0
-        states[way] = checkpoint.load(Run.named("sample").checkpoint)
+        states[way] = Checkpoint.load(Run.named("sample").checkpoint)
     assert equal(states["papermill"], states["notebook"])
     assert equal(states["papermill"], states["command line"])
     print(f"\n{', '.join(states)}: the same checkpoint, bit for bit")

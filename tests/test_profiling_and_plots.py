@@ -8,6 +8,9 @@ import torch
 from torch.profiler import record_function
 
 from helpers import plots
+from helpers.evaluation import batch_loss
+from helpers.importance import losses_by_value
+from helpers.model import new_model
 from helpers.profiling import (
     PARTS,
     bounds,
@@ -21,7 +24,7 @@ from helpers.profiling import (
     profiled,
     timeline,
 )  # fmt: skip
-from helpers.training import batch_loss, new_model, new_optimizer
+from helpers.training import new_optimizer
 from tests.conftest import CPU, TINY
 
 
@@ -53,8 +56,7 @@ def training_profiles(prepared):
 
     with labelled(model):
         profiles = [profiled(step, CPU, 2, detail=detail) for detail in (True, False)]
-    tokens = int(batch.target_mask.sum())
-    return *profiles, 2 * tokens * TINY.embedding_size * len(prepared.vocabulary)
+    return *profiles, 2 * batch.targets.numel() * TINY.embedding_size * len(prepared.vocabulary)
 
 
 def test_operators_stand_under_the_part_that_called_them(training_profiles):
@@ -165,24 +167,19 @@ TRIALS = pd.DataFrame({"x": np.geomspace(1e-4, 1e-1, 9), "k": list("abababaab"),
 INTERVALS = pd.DataFrame({"low": [0.5, 1.0], "high": [1.5, 3.0]}, ["a", "b"])
 
 
-def test_parallel_coordinates_place_ranges_by_value_and_the_best_on_top():
-    trials = pd.concat([TRIALS, TRIALS.tail(1).assign(**{"validation loss": np.nan})])  # one that did not finish
-    lines = plots.parallel_coordinates(trials, ["x", "k"]).axes[0].lines[:9]
-    heights = np.array([line.get_ydata() for line in lines])
-    assert heights[-1, -1] == 0  # the best trial is drawn last
-    assert np.allclose(np.sort(heights[:, 0]), np.linspace(0, 1, 9))  # evenly on the logarithmic scale
-    assert set(heights[:, 1]) == {0.0, 1.0}
-
-
-def test_thirds_are_named_by_the_numbers_in_them():
-    rates = pd.Series([1e-4, 2e-4, 3e-4, 4e-4, 5e-3, 6e-3, 7e-3, 8e-3, 2e-2])
-    thirds = plots.in_thirds(rates)
-    assert list(thirds.cat.categories) == ["0.0001 to 0.0003", "0.0004 to 0.006", "0.007 to 0.02"]
-    assert list(thirds.cat.codes) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    skewed = pd.Series([0.1] * 20 + [1.0, 2.0, 3.0, 4.0, 5.0])
-    assert plots.in_thirds(skewed).nunique() <= 2
-    words = pd.Series(list("abcdefg"))
-    assert plots.in_thirds(words) is words
+def test_every_trial_is_drawn_at_its_value_with_a_bar_at_the_mean():
+    groups = {name: losses_by_value(TRIALS, name) for name in ("x", "k")}
+    panels = plots.losses_by_value(groups).axes
+    assert [panel.get_xlabel() for panel in panels] == ["x", "k"]
+    for panel, by_value in zip(panels, groups.values(), strict=True):
+        assert [label.get_text() for label in panel.get_xticklabels()] == list(by_value)
+        points = np.concatenate([line.get_xydata() for line in panel.lines])
+        bars = [segment for drawn in panel.collections for segment in drawn.get_segments()]
+        for place, (losses, bar) in enumerate(zip(by_value.values(), bars, strict=True)):
+            own = points[np.abs(points[:, 0] - place) < 0.3]
+            assert sorted(own[:, 1]) == sorted(losses)
+            assert bar[:, 1] == pytest.approx([losses.mean()] * 2)
+            assert bar[:, 0].mean() == pytest.approx(place)
 
 
 def test_the_others_draw(tmp_path):
@@ -193,8 +190,6 @@ def test_the_others_draw(tmp_path):
         plots.coverage(counts, 3),
         plots.bars({"a": 1.0, "b": 2.0}, "things"),
         plots.losses({"a": [3, 2, 1]}, window=2),
-        plots.best_so_far([3.0, 2.0, 2.5]),
-        plots.losses_by_value(TRIALS, ["x", "k"]),
         plots.grouped_bars(pd.DataFrame({"u": [1.0, 2.0], "v": [2.0, 1.0]}, ["a", "b"]), "share", INTERVALS),
     ]
     for number, figure in enumerate(figures):

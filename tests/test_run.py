@@ -1,11 +1,28 @@
+import contextlib
+import gc
+import inspect
 import json
-import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 
-from helpers.run import ROOT, Run, atomic_write, choose_device, digest, machine, shown, training_digest
-from helpers.settings import Settings, UserError
+from helpers.run import (
+    ROOT,
+    Run,
+    atomic_write,
+    choose_device,
+    digest,
+    display_path,
+    machine,
+    no_garbage_collection,
+    require,
+    show,
+)
+from helpers.settings import UserError
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp", ".hidden"])
@@ -17,10 +34,10 @@ def test_a_runs_name_cannot_leave_the_runs_folder(name):
 def test_runs_lie_in_the_project_unless_told_otherwise(monkeypatch, tmp_path):
     monkeypatch.delenv("CHATBOT_RUNS", raising=False)
     assert Run.named("sample").folder == ROOT / "runs" / "sample"
-    assert shown(Run.named("sample").data) == "runs/sample/data.pt"
+    assert display_path(Run.named("sample").data) == "runs/sample/data.pt"
     monkeypatch.setenv("CHATBOT_RUNS", str(tmp_path))
     assert Run.named("sample").folder == tmp_path / "sample"
-    assert shown(Run.named("sample").data) == "runs/sample/data.pt"
+    assert display_path(Run.named("sample").data) == "runs/sample/data.pt"
 
 
 def test_the_manifest_gathers_facts(tmp_path):
@@ -47,12 +64,45 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_lock_removes_what_dead_processes_left_half_written(tmp_path):
-    left, written = tmp_path / ".data.pt.99999999.tmp", tmp_path / f".data.pt.{os.getpid()}.tmp"
-    for path in (left, written):
-        path.write_text("half")
-    with Run(tmp_path).locked():
-        assert (left.exists(), written.exists()) == (False, True)
+WRITER = """
+import os, pathlib, sys
+from helpers.run import atomic_write
+path = pathlib.Path(sys.argv[1])
+"""
+
+
+def writer(path, program):
+    """Another process that writes the file."""
+    return subprocess.Popen([sys.executable, "-c", WRITER + program, str(path)], cwd=ROOT)
+
+
+def test_what_a_killed_process_left_half_written_is_gone_with_the_next_run(tmp_path):
+    run = Run(tmp_path)
+    run.data.write_bytes(b"old")
+    program = "with atomic_write(path) as file: file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)"
+    assert writer(run.data, program).wait() == -signal.SIGKILL
+    assert run.data.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 2  # the half is there
+    with run.locked(), atomic_write(run.data) as file:
+        file.write(b"new")
+    assert run.data.read_bytes() == b"new"
+    assert {path.name for path in tmp_path.iterdir()} == {"data.pt", ".lock"}
+
+
+def test_of_two_processes_that_write_one_file_at_once_each_ends_well_and_the_file_is_always_whole(tmp_path):
+    path = tmp_path / "data.pt"
+    path.write_bytes(b"old")
+    with atomic_write(path) as file:
+        file.write(b"of the ")
+        other = writer(path, "with atomic_write(path) as file: file.write(b'of the other')")
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may also wait for its turn
+            other.wait(20)
+        file.write(b"one")
+        file.flush()
+        assert path.read_bytes() in (b"old", b"of the other")
+    assert other.wait(20) == 0
+    assert path.read_bytes() in (b"of the one", b"of the other")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_devices():
@@ -68,7 +118,34 @@ def test_devices():
 
 def test_digests_tell_inputs_apart():
     assert digest("ab", "c") != digest("a", "bc")
-    assert training_digest(Settings(), "x") == training_digest(Settings(), "x")
-    assert (
-        training_digest(Settings(), "x") != training_digest(Settings(seed=2), "x") != training_digest(Settings(), "y")
-    )
+    assert digest("ab", "c") == digest("ab", "c")
+
+
+def test_a_file_that_is_missing_is_named_with_what_makes_it(tmp_path):
+    with pytest.raises(UserError, match=r"data\.pt is missing: notebook 01 makes it"):
+        require(tmp_path / "data.pt", "notebook 01")
+    (tmp_path / "data.pt").touch()
+    require(tmp_path / "data.pt", "notebook 01")
+
+
+def test_garbage_is_collected_again_after_the_block_whatever_ends_it():
+    with contextlib.suppress(KeyError), no_garbage_collection():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+
+
+def test_a_notebook_is_shown_the_very_code_that_runs(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    show(atomic_write, Run)
+    for thing, markdown in zip((atomic_write, Run), shown, strict=True):
+        assert markdown.data == f"```python\n{inspect.getsource(thing).rstrip()}\n```"
+
+
+def test_an_error_shows_a_notebook_its_sentence_and_not_the_way_to_it(capsys):
+    shell = InteractiveShell.instance()
+    shell.run_cell("from helpers.settings import load_profile; load_profile('nonesuch')")
+    told = capsys.readouterr().out.strip()
+    assert told.startswith("UserError: There is no profile 'nonesuch'")
+    assert len(told.splitlines()) == 1

@@ -1,11 +1,9 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from helpers.settings import UserError
-from helpers.text import EOS, PAD, SOS, UNK, Vocabulary, spell, tokenise, tokenise_all
+from helpers.text import EOS, PAD, SOS, UNK, Vocabulary, spell, tokenise
 
 STRANGE = [
     "",
@@ -70,12 +68,3 @@ def test_the_vocabulary_survives_json_and_refuses_nonsense():
     ):
         with pytest.raises(UserError):
             Vocabulary.from_json(text)
-
-
-@given(st.lists(st.text(st.sampled_from("aB 'é’İßΣ<u>/i≮.!?\n\r\u0301\x85\u2028 9"), max_size=12), max_size=20))
-def test_a_whole_corpus_is_tokenised_like_its_texts_one_by_one(texts):
-    stream, lengths, words = tokenise_all(texts)
-    expected = [tokenise(text) for text in texts]
-    assert lengths.tolist() == [len(text) for text in expected]
-    assert [words[number] for number in stream] == [word for text in expected for word in text]
-    assert len(set(words)) == len(words)

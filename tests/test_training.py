@@ -1,82 +1,56 @@
+import dataclasses
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from helpers import checkpoint
-from helpers.batches import Pairs
-from helpers.bench import StepByStep
-from helpers.checkpoint import load_model
+from helpers import training
+from helpers.batches import prepare
+from helpers.corpus import read_corpus
+from helpers.evaluation import batch_loss, evaluate
+from helpers.model import new_model
 from helpers.run import Run
-from helpers.settings import Settings, UserError
-from helpers.text import EOS, UNK, Vocabulary
-from helpers.tracking import Tracker
+from helpers.settings import NAMES, Settings, UserError
+from helpers.text import PAD
 from helpers.training import (
-    Objective,
-    batch_loss,
+    Checkpoint,
+    Trainer,
     choose_precision,
-    evaluate,
     fit,
-    free_running_logits,
     learning_rate,
-    new_model,
+    load_model,
     new_optimizer,
-    read_metrics,
-    replies_of,
-    score,
+    training_digest,
 )
-from tests.conftest import CPU, TINY, off
+from tests.conftest import CPU, TINY
 
 
-def train(folder, prepared, settings, tracker=None, resume=True):
+def train(folder, prepared, settings, callback=lambda row: None, resume=True):
     run = Run(folder)
-    fit(run, prepared, settings, CPU, tracker or off(run), resume=resume, progress_bar=False)
+    fit(run, prepared, settings, CPU, callback, resume=resume, progress_bar=False)
     return run
 
 
-class PowerCut(Tracker):
-    """Fails when a validation is logged, before its checkpoint is written."""
+def power_cut(at):
+    """A callback that fails at a validation, before its checkpoint is written."""
 
-    def __init__(self, at: int) -> None:
-        super().__init__("off", None, {})
-        self.at = at
-
-    def log(self, values, update):
-        if update == self.at and "validation_loss" in values:
+    def callback(row):
+        if row["update"] == at and "validation_loss" in row:
             raise InterruptedError
 
-
-def test_the_loss_is_the_mean_over_real_tokens(prepared):
-    model = new_model(TINY, len(prepared.vocabulary)).eval()
-    batch = prepared.splits["train"].batch(torch.tensor([0, 9, 50]))
-    total, tokens = batch_loss(model, batch)
-    logits = model(batch.query, batch.query_lengths, batch.inputs)
-    expected = nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=0)
-    assert tokens == int((batch.targets != 0).sum())
-    assert torch.allclose(total / tokens, expected, atol=1e-6)
+    return callback
 
 
-def test_evaluation_does_not_depend_on_batches_and_leaves_the_mode_alone(prepared, monkeypatch):
-    model = new_model(TINY, len(prepared.vocabulary))
-    part = prepared.splits["validation"]
-    a = evaluate(model, part)
-    monkeypatch.setattr("helpers.training.EVALUATION_BATCH", 7)
-    b = evaluate(model, part)
-    assert a.per_token == pytest.approx(b.per_token, abs=1e-6)
-    assert (a.tokens, a.responses) == (b.tokens, len(part))
-    assert model.training
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_free_running_feeds_back_the_models_own_words(prepared):
-    model = new_model(TINY, len(prepared.vocabulary)).eval()
-    batch = prepared.splits["train"].batch(torch.tensor([0, 1]))
-    own = free_running_logits(model, batch)
-    forced = model.token_logits(batch.query, batch.query_lengths, batch.inputs, batch.target_mask)
-    assert own.shape == forced.shape
-    assert torch.allclose(own[0], forced[0], atol=1e-5)  # the first step sees SOS either way
+def timeless(run):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in run.read_metrics()]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
@@ -87,30 +61,162 @@ def test_a_resumed_run_equals_an_uninterrupted_one(prepared, tmp_path, optimizer
     )
     straight = train(tmp_path / "straight", prepared, settings)
     with pytest.raises(InterruptedError):
-        train(tmp_path / "broken", prepared, settings, PowerCut(8))
+        train(tmp_path / "broken", prepared, settings, power_cut(8))
     torch.manual_seed(99)  # what happens in between does not matter
     random.seed(99)
     broken = train(tmp_path / "broken", prepared, settings)
-    a, b = checkpoint.load(straight.checkpoint), checkpoint.load(broken.checkpoint)
-    for key in ("model", "best_model"):
-        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
-    for i, state in a["optimizer"]["state"].items():
+    a, b = Checkpoint.load(straight.checkpoint), Checkpoint.load(broken.checkpoint)
+    for one, other in ((a.model, b.model), (a.best_model, b.best_model)):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for i, state in a.optimizer["state"].items():
         assert all(
-            torch.equal(torch.as_tensor(v), torch.as_tensor(b["optimizer"]["state"][i][k])) for k, v in state.items()
+            torch.equal(torch.as_tensor(v), torch.as_tensor(b.optimizer["state"][i][k])) for k, v in state.items()
         )
-    assert a["progress"] == b["progress"]
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(straight)]
-    assert rows == [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(broken)]
+    assert a.progress == b.progress
+    rows = timeless(straight)
+    assert rows == timeless(broken)
     assert [row["update"] for row in rows if "loss" in row] == list(range(1, 13))
 
 
-def test_a_finished_run_is_not_trained_again_and_another_is_kept_aside(prepared, tmp_path):
+def test_a_finished_run_is_not_trained_again(prepared, tmp_path):
     run = train(tmp_path, prepared, TINY)
-    before = run.checkpoint.read_bytes()
+    before = contents(tmp_path)
+    train(tmp_path, prepared, TINY, callback=lambda row: pytest.fail("it trained again"))
+    assert {name: before[name] for name in ("checkpoint.pt", "metrics.jsonl")} == {
+        "checkpoint.pt": run.checkpoint.read_bytes(),
+        "metrics.jsonl": run.metrics.read_bytes(),
+    }
+    assert set(contents(tmp_path)) == set(before)
+
+
+# No trained checkpoint is ever lost by accident
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate 0.005, not 0.001"),
+        ({"updates": 20, "optimizer": "sgd"}, "updates 12, not 20, optimizer 'adam', not 'sgd'"),
+        ({"hidden_size": 8, "tie_weights": False}, "hidden_size 24, not 8, tie_weights True, not False"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_not_resumed_and_stays(prepared, tmp_path, changes, named):
+    run = train(tmp_path, prepared, TINY.change(validate_every=6))
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as raised:
+        train(tmp_path, prepared, TINY.change(validate_every=6, **changes))
+    assert f"checkpoint.pt was trained with other settings: {named}. " in str(raised.value)
+    assert "--fresh" in str(raised.value)
+    assert "resume = False" in str(raised.value)
+    assert contents(tmp_path) == before
+    assert Checkpoint.load(run.checkpoint).progress["update"] == 12
+
+
+def test_a_checkpoint_of_other_data_is_not_resumed_and_stays(corpus_folder, prepared, tmp_path):
     train(tmp_path, prepared, TINY)
-    assert run.checkpoint.read_bytes() == before
-    train(tmp_path, prepared, TINY.change(learning_rate=1e-3))
-    assert run.checkpoint.with_name("checkpoint.previous.pt").read_bytes() == before
+    before = contents(tmp_path)
+    corpus = read_corpus(corpus_folder)
+    other = prepare(dataclasses.replace(corpus, digest="of files that are one letter away"), TINY)
+    with pytest.raises(UserError, match=r"checkpoint\.pt was trained on other data, .*--fresh"):
+        train(tmp_path, other, TINY)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_of_other_mathematics_is_not_resumed_and_stays(prepared, tmp_path, monkeypatch):
+    train(tmp_path, prepared, TINY)
+    before = contents(tmp_path)
+    monkeypatch.setattr(training, "MATHEMATICS", training.MATHEMATICS + 1)
+    with pytest.raises(UserError, match=r"checkpoint\.pt was trained on .* by other mathematics\. .*--fresh"):
+        train(tmp_path, prepared, TINY)
+    assert contents(tmp_path) == before
+
+
+def test_a_stopped_training_too_is_refused_to_other_settings_and_goes_on_with_its_own(prepared, tmp_path):
+    with pytest.raises(InterruptedError):
+        train(tmp_path, prepared, TINY, power_cut(8))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="seed 1, not 2"):
+        train(tmp_path, prepared, TINY.change(seed=2))
+    assert contents(tmp_path) == before
+    assert [row["update"] for row in timeless(train(tmp_path, prepared, TINY)) if "loss" in row] == list(range(1, 13))
+
+
+def test_starting_over_keeps_every_former_checkpoint(prepared, tmp_path, capsys):
+    kept = []
+    for number in range(3):
+        run = train(tmp_path, prepared, TINY.change(seed=1 + number), resume=False)
+        said = capsys.readouterr().err
+        assert ("the former checkpoint is kept as" in said) == (number > 0)
+        assert number == 0 or f"checkpoint.{number}.pt" in said
+        assert [row["update"] for row in run.read_metrics() if "loss" in row] == list(range(1, 13))
+        kept.append(run.checkpoint.read_bytes())
+    assert (tmp_path / "checkpoint.1.pt").read_bytes() == kept[0]
+    assert (tmp_path / "checkpoint.2.pt").read_bytes() == kept[1]
+    assert len(set(kept)) == 3
+    assert Checkpoint.load(tmp_path / "checkpoint.2.pt").settings["seed"] == 2
+    assert load_model(run.checkpoint, CPU)[2].seed == 3
+
+
+def test_starting_over_overwrites_nothing_of_such_a_name(prepared, tmp_path):
+    run = train(tmp_path, prepared, TINY)
+    good = run.checkpoint.read_bytes()
+    (tmp_path / "checkpoint.1.pt").write_bytes(b"a reader's own copy")
+    (tmp_path / "checkpoint.3.pt").write_bytes(b"another")
+    train(tmp_path, prepared, TINY, resume=False)
+    assert (tmp_path / "checkpoint.1.pt").read_bytes() == b"a reader's own copy"
+    assert (tmp_path / "checkpoint.2.pt").read_bytes() == good
+    assert (tmp_path / "checkpoint.3.pt").read_bytes() == b"another"
+
+
+def test_starting_over_with_the_same_settings_trains_the_same(prepared, tmp_path):
+    a = Checkpoint.load(train(tmp_path, prepared, TINY).checkpoint)
+    b = Checkpoint.load(train(tmp_path, prepared, TINY, resume=False).checkpoint)
+    assert all(torch.equal(a.model[name], b.model[name]) for name in a.model)
+
+
+def test_what_a_training_depends_on_is_settings_data_and_mathematics_and_no_source_text(monkeypatch):
+    for reader in ("builtins.open", "io.open", "os.open", "pathlib.Path.read_text", "inspect.getsource"):
+        monkeypatch.setattr(reader, lambda *_, **__: pytest.fail("a file was read"))
+    data = SimpleNamespace(digest="x")  # nothing else of the data is looked at
+    base = training_digest(TINY, data)
+    assert training_digest(Settings(**TINY.to_dict()), SimpleNamespace(digest="x")) == base
+    assert training_digest(TINY.change(clip=1), data) == training_digest(TINY.change(clip=1.0), data)
+    assert training_digest(TINY, SimpleNamespace(digest="y")) != base
+    monkeypatch.setattr(training, "MATHEMATICS", training.MATHEMATICS + 1)
+    assert training_digest(TINY, data) != base
+
+
+def another(value):
+    """Another value of a setting's type."""
+    words = {"drop": "cut", "unknown": "drop", "general": "dot", "adam": "sgd", "constant": "cosine", "fp32": "bf16"}
+    changed = {
+        bool: lambda: not value,
+        int: lambda: value + 1,
+        float: lambda: value / 2 or 0.5,
+        str: lambda: words[value],
+    }
+    return changed[type(value)]()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_tells_trainings_apart(name):
+    data = SimpleNamespace(digest="x")
+    changed = TINY.change(**{name: another(getattr(TINY, name))})
+    assert training_digest(changed, data) != training_digest(TINY, data)
+
+
+def test_the_callback_is_given_each_row_of_the_metrics_as_it_is_made(prepared, tmp_path):
+    told, written = [], []
+
+    def callback(row):
+        told.append(dict(row))
+        written.append(len(Run(tmp_path).read_metrics()))
+
+    run = train(tmp_path, prepared, TINY, callback)
+    assert told == run.read_metrics()
+    assert [row["update"] for row in told if "validation_loss" in row] == [4, 8, 12]
+    assert set(told[0]) == {"update", "loss", "gradient_norm", "learning_rate", "tokens", "seconds"}
+    assert written == [0] * 5 + [5] * 5 + [10] * 5  # each row before the file has it
 
 
 def test_training_does_not_touch_the_callers_random_state(prepared, tmp_path):
@@ -123,20 +229,22 @@ def test_training_does_not_touch_the_callers_random_state(prepared, tmp_path):
 
 def test_it_learns(prepared, tmp_path):
     run = train(tmp_path, prepared, TINY.change(updates=120, validate_every=40, embedding_size=48, hidden_size=48))
-    losses = [row["validation_loss"] for row in read_metrics(run) if "validation_loss" in row]
+    losses = [row["validation_loss"] for row in run.read_metrics() if "validation_loss" in row]
     assert losses[-1] < 0.6 * math.log(len(prepared.vocabulary))
     assert losses == sorted(losses, reverse=True)
 
 
 def test_early_stopping_keeps_the_best_weights(prepared, tmp_path):
     settings = TINY.change(updates=60, validate_every=2, patience=2, learning_rate=1.0, optimizer="sgd", clip=0.0)
-    run = train(tmp_path, prepared, settings.change(learning_rate=8.0))
-    state = checkpoint.load(run.checkpoint)
-    assert state["progress"]["stopped"]
-    assert state["progress"]["update"] < 60
+    settings = settings.change(learning_rate=8.0)
+    run = train(tmp_path, prepared, settings)
+    state = Checkpoint.load(run.checkpoint)
+    assert state.progress["stale"] == 2
+    assert state.progress["update"] == state.progress["best_update"] + 2 * 2 < 60
+    train(tmp_path, prepared, settings, callback=lambda row: pytest.fail("it went on after it had stopped"))
     model = load_model(run.checkpoint, CPU)[0]
     assert evaluate(model, prepared.splits["validation"]).per_token == pytest.approx(
-        state["progress"]["best_loss"], abs=1e-6
+        state.progress["best_loss"], abs=1e-6
     )
 
 
@@ -154,10 +262,22 @@ def test_a_clip_of_zero_clips_nothing(prepared, tmp_path):
     weights = []
     for clip in (0.0, 1e9):
         run = train(tmp_path / str(clip), prepared, TINY.change(clip=clip, optimizer="sgd"))
-        weights.append(checkpoint.load(run.checkpoint)["model"])
+        weights.append(Checkpoint.load(run.checkpoint).model)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     start = new_model(TINY, len(prepared.vocabulary)).state_dict()
     assert not torch.equal(start["output.weight"], weights[0]["output.weight"])
+
+
+def test_a_gradient_is_clipped_to_the_limit_and_its_norm_is_told_as_it_was(prepared):
+    settings = TINY.change(clip=0.01, optimizer="sgd", learning_rate=1.0)
+    model = new_model(settings, len(prepared.vocabulary))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    told = Trainer(model, settings).step(prepared.splits["train"], torch.arange(32), 0)
+    moved = [now.detach() - then for now, then in zip(model.parameters(), before, strict=True)]
+    assert float(nn.utils.get_total_norm(moved)) == pytest.approx(0.01, rel=1e-3)
+    assert told["gradient_norm"] > 0.1
+    assert told["tokens"] == int(prepared.splits["train"].response_lengths[:32].sum())
+    assert told["learning_rate"] == 1.0
 
 
 def test_the_schedule_warms_up_and_glides_to_zero():
@@ -181,43 +301,18 @@ def test_a_loss_that_is_not_finite_stops_with_a_word_and_keeps_the_checkpoint(pr
         return total * (float("nan") if len(calls) == 2 else 1.0), tokens
 
     monkeypatch.setattr("helpers.training.batch_loss", poisoned)
-    with pytest.raises(UserError, match=r"Update 2: .*learning_rate"):
-        train(tmp_path, prepared, TINY.change(updates=5))
-    assert run.checkpoint.with_name("checkpoint.previous.pt").read_bytes() == good
+    with pytest.raises(training.NotFiniteError, match=r"Update 2: .*No checkpoint was written yet\..* learning_rate"):
+        train(tmp_path, prepared, TINY.change(updates=5), resume=False)
+    assert (tmp_path / "checkpoint.1.pt").read_bytes() == good
+    assert not run.checkpoint.exists()
 
 
 def test_metrics_of_a_killed_run_are_read_up_to_the_torn_line(tmp_path):
     run = Run(tmp_path)
     with pytest.raises(UserError, match="03_training"):
-        read_metrics(run)
+        run.read_metrics()
     run.metrics.write_text(json.dumps({"update": 1, "loss": 2.0}) + '\n{"update": 2, "lo')
-    assert read_metrics(run) == [{"update": 1, "loss": 2.0}]
-
-
-def test_score_charges_unknown_words_and_cuts_nothing(prepared):
-    vocabulary = Vocabulary(prepared.vocabulary.words[4:], unknown_types=100)
-    model = new_model(TINY, len(vocabulary)).eval()
-    known = " ".join(prepared.texts["test"][0][1].split() * 10)
-    result = score(model, vocabulary, [("hello", known), ("hello", "zebra xylophone")])
-    assert result["pairs"] == 2
-    assert result["tokens"] == len(known.split()) + 1 + 3
-    assert result["unknown_rate"] == pytest.approx(2 / result["tokens"])
-    assert result["perplexity"] == pytest.approx(math.exp(result["nll_per_token"]))
-    alone = score(model, vocabulary, [("hello", "zebra xylophone")])
-    pairs = Pairs.from_words([(["hello"], ["zebra", "xylophone"])], vocabulary)
-    assert pairs.responses.tolist() == [[UNK, UNK, EOS]]
-    assert alone["nll_per_response"] == pytest.approx(evaluate(model, pairs).nll + 2 * math.log(100), rel=1e-6)
-    with pytest.raises(UserError, match="Pair 1"):
-        score(model, vocabulary, [("🙂", "yes")])
-
-
-def test_replies_come_in_the_examples_order(trained, prepared):
-    model, vocabulary, _ = load_model(trained.checkpoint, CPU)
-    pairs = prepared.splits["test"]
-    replies = replies_of(model, pairs, vocabulary, 10)
-    assert len(replies) == len(pairs)
-    one = replies_of(model, pairs.first(1), vocabulary, 10)
-    assert one[0] == replies[0]
+    assert run.read_metrics() == [{"update": 1, "loss": 2.0}]
 
 
 def test_precision_is_what_was_asked_for_or_a_choice_of_two():
@@ -227,17 +322,28 @@ def test_precision_is_what_was_asked_for_or_a_choice_of_two():
 
 def test_bf16_trains(prepared, tmp_path):
     run = train(tmp_path, prepared, TINY.change(precision="bf16"))
-    assert checkpoint.load(run.checkpoint)["precision"] == "bf16"
-    assert all(math.isfinite(row["loss"]) for row in read_metrics(run) if "loss" in row)
+    assert Checkpoint.load(run.checkpoint).precision == "bf16"
+    assert all(math.isfinite(row["loss"]) for row in run.read_metrics() if "loss" in row)
+
+
+def step_by_step(model, batch, teacher_forcing=True):
+    """`batch_loss` from one decoding step after another, padding projected and all."""
+    assert teacher_forcing
+    memory, state = model.encode(batch.query, batch.query_lengths)
+    losses = []
+    for words, targets in zip(batch.inputs.unbind(1), batch.targets.unbind(1), strict=True):
+        logits, state = model.step(words, state, memory)
+        losses.append(nn.functional.cross_entropy(logits.float(), targets, ignore_index=PAD, reduction="sum"))
+    return torch.stack(losses).sum(), int((batch.targets != PAD).sum())
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_the_fast_path_learns_what_the_stepwise_one_does(prepared, tmp_path, monkeypatch, optimizer):
     settings = TINY.change(dropout=0.0, query_dropout=0.0, updates=20, optimizer=optimizer, learning_rate=1e-3)
-    fast = read_metrics(train(tmp_path / "fast", prepared, settings))
-    half = read_metrics(train(tmp_path / "half", prepared, settings.change(precision="bf16")))
-    monkeypatch.setattr("helpers.training.Objective", StepByStep)
-    steps = read_metrics(train(tmp_path / "steps", prepared, settings))
+    fast = train(tmp_path / "fast", prepared, settings).read_metrics()
+    half = train(tmp_path / "half", prepared, settings.change(precision="bf16")).read_metrics()
+    monkeypatch.setattr("helpers.training.batch_loss", step_by_step)
+    steps = train(tmp_path / "steps", prepared, settings).read_metrics()
     for a, b in zip(fast, steps, strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5)
     assert half[-1]["validation_loss"] == pytest.approx(steps[-1]["validation_loss"], rel=0.01)
@@ -247,9 +353,9 @@ def test_words_looked_up_together_give_the_gradient_of_both_lookups(prepared):
     model = new_model(TINY.change(dropout=0.0), len(prepared.vocabulary))
     batch = prepared.splits["train"].batch(torch.arange(20))
     gradients = []
-    for kind in (Objective, StepByStep):
+    for loss in (batch_loss, step_by_step):
         model.zero_grad()
-        kind(model)(batch, True).backward()
+        loss(model, batch)[0].backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)

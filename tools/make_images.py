@@ -1,6 +1,6 @@
 """The pictures of README and notebooks, drawn from `results/` and from a run; `make images` calls this.
 
-python tools/make_images.py --run runs/sample
+python -m tools.make_images --run runs/sample
 """
 
 import argparse
@@ -12,15 +12,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks.bench import compared
 from helpers import plots
-from helpers.bench import compared
 from helpers.chat import Chatbot
 from helpers.run import ROOT, Run
 from helpers.settings import UserError
-from helpers.training import read_metrics
 
 IMAGES, RESULTS = ROOT / "images", ROOT / "results"
 QUESTION = "Anna has a red hat and a blue box. What colour is the box?"
@@ -89,6 +89,58 @@ def architecture(bot: Chatbot) -> plt.Figure:
     return figure
 
 
+def ratios(table: pd.DataFrame, xlabel: str) -> plt.Figure:
+    """Bars of a table's `ratio`, its `low` and `high` as whiskers, and a dashed line where both ways are equal."""
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.36 * len(table)))
+    whiskers = [table["ratio"] - table["low"], table["high"] - table["ratio"]]
+    drawn = axes.barh(
+        table.index, table["ratio"], xerr=np.clip(whiskers, 0, None), color=plots.BLUE, ecolor=plots.GREY, capsize=3
+    )
+    axes.bar_label(drawn, fmt="{:.1f}×", padding=3)
+    axes.axvline(1, color=plots.RED, linestyle="--")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(xlabel)
+    return figure
+
+
+def scale(points: list[dict]) -> plt.Figure:
+    """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes."""
+    lines = [point["lines"] for point in points]
+    figure, both = plt.subplots(1, 2, figsize=(8, 3.2))
+    for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory of the process, MB"), strict=True):
+        values = [point[key] for point in points]
+        axes.loglog(lines, values, "o-")
+        axes.loglog(
+            lines, [values[-1] * n / lines[-1] for n in lines], color=plots.GREY, linestyle="--", label="proportional"
+        )
+        for n, value in zip(lines, values, strict=True):
+            text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+            axes.annotate(text, (n, value), xytext=(0, 6), textcoords="offset points", ha="center")
+        axes.set(xlabel="lines of the corpus", ylabel=label)
+        axes.margins(0.15)
+        axes.legend(loc="lower right")
+    return figure
+
+
+def compare(models: dict[str, dict]) -> plt.Figure:
+    """The loss of several models side by side, each from its `training curve` and `validation curve`."""
+    figure, panels = plt.subplots(1, len(models), figsize=(4.5 * len(models), 3.4), sharey=True, squeeze=False)
+    for axes, (name, model) in zip(panels[0], models.items(), strict=True):
+        updates, values = zip(*model["training curve"], strict=True)
+        axes.plot(updates, pd.Series(values).rolling(5, min_periods=1).mean(), label="training, with dropout")
+        updates, values = zip(*model["validation curve"], strict=True)
+        axes.plot(updates, values, "o-", markersize=3, label="validation")
+        best = int(np.argmin(values))
+        label = f"best, update {updates[best]:,}"
+        axes.plot(updates[best], values[best], "*", color=plots.RED, markersize=12, label=label)
+        axes.set(xlabel="update", title=name)
+        axes.legend()
+    panels[0][0].set_ylabel("nats per token, each on its own split")
+    return figure
+
+
 def result(name: str) -> dict:
     """A file of `results/`. Raises UserError if nobody has measured it yet."""
     path = RESULTS / name
@@ -108,13 +160,13 @@ def pictures(run: Run) -> dict[str, plt.Figure]:
     parts = {name: pd.DataFrame(profile[name]).T["ms"] for name in ("before", "after")}
     return {
         "architecture": architecture(bot),
-        "training_curves": plots.training_curves(read_metrics(run), bot.settings.clip),
+        "training_curves": plots.training_curves(run.read_metrics(), bot.settings.clip),
         "attention": plots.attention(query, said, weights.numpy()).figure,
-        "compare": plots.compare(result("compare-cornell_excerpt.json")["models"]),
+        "compare": compare(result("compare-cornell_excerpt.json")["models"]),
         "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
         "profile": plots.grouped_bars(pd.DataFrame(parts), "milliseconds a step"),
-        "bench": plots.ratios(compared(bench), "times as fast as the textbook way (dashed)"),
-        "scale": plots.scale(bench["scale"]),
+        "bench": ratios(compared(bench), "times as fast as the textbook way (dashed)"),
+        "scale": scale(bench["scale"]),
         "latency_table": plots.latency(result("latency-cpu.json")["rows"]),
     }
 

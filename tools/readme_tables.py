@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable
 
-from helpers.bench import compared
+from benchmarks.bench import compared
 from helpers.run import ROOT, write_text
 
 README = ROOT / "README.md"
@@ -104,8 +104,9 @@ def sweep() -> str:
 Three measures of importance for the validation loss, each scaled to a sum of 1 (notebook 05 says what each asks), over
 {found["states"]["complete"]} random trials of {found["starting point"]["updates"]} updates on an excerpt of the Cornell
 corpus: `make sweep CORPUS=…`, `make sweep-worker SWEEP=id`, then
-`python -m helpers best ID --run runs/sweep --results results/sweep-excerpt`. In the last column, Adam's trials that
-trained to the very same loss count once; notebook 05 says how sure its shares are. {device(found["machine"])}."""
+`python -m benchmarks.sweep_report ID --run runs/sweep --results results/sweep-excerpt`. In the last column,
+Adam's trials that trained to the very same loss count once; notebook 05 says how sure its shares are.
+{device(found["machine"])}."""
 
 
 def profile(found: dict) -> str:

@@ -2,19 +2,20 @@
 
 import torch
 
-from helpers import sample, stepwise
+from benchmarks import textbook, world
 from helpers.decoding import greedy
+from helpers.latency import textbook_greedy
 from helpers.model import Seq2Seq
 from helpers.settings import Settings
 from helpers.text import EOS
 
 
 def test_it_reads_the_corpus_and_learns(tmp_path):
-    sample.write_corpus(tmp_path, exchanges=4000)
-    pairs, ids = stepwise.read_pairs(tmp_path, max_words=20, min_count=3)
+    world.write_corpus(tmp_path, exchanges=4000)
+    pairs, ids = textbook.read_pairs(tmp_path, max_words=20, min_count=3)
     assert len(pairs) > 1000
     torch.manual_seed(0)
-    trainer = stepwise.StepwiseTrainer(ids, torch.device("cpu"), hidden_size=32, learning_rate=2e-3)
+    trainer = textbook.StepwiseTrainer(ids, torch.device("cpu"), hidden_size=32, learning_rate=2e-3)
     validation = [pairs[:64]]
     before = trainer.evaluate(validation)
     for start in range(64, 64 * 31, 64):
@@ -29,8 +30,8 @@ def test_its_search_gives_the_words_of_ours_and_goes_on_after_the_end():
     model = Seq2Seq(Settings(embedding_size=16, hidden_size=24), 40).eval()
     query, lengths = torch.randint(4, 40, (8, 6)), torch.tensor([6, 5, 4, 3, 6, 2, 1, 6])
     query[torch.arange(6) >= lengths.unsqueeze(1)] = 0
-    ours, textbook = greedy(model, query, lengths, 12), stepwise.greedy(model, query, lengths, 12)
-    assert textbook.shape == (8, 12)
-    for a, b in zip(ours.tolist(), textbook.tolist(), strict=True):
+    ours, theirs = greedy(model, query, lengths, 12), textbook_greedy(model, query, lengths, 12)
+    assert theirs.shape == (8, 12)
+    for a, b in zip(ours.tolist(), theirs.tolist(), strict=True):
         end = a.index(EOS) + 1 if EOS in a else len(a)
         assert a[:end] == b[:end]

@@ -1,7 +1,7 @@
 """The classic recipe and ours, trained on one corpus and held to the same movies: everything into one JSON file.
 
-    python tools/compare.py --corpus PATH             # to results/compare-NAME.json
-    python tools/compare.py --corpus PATH --context   # does the line before help? to results/context-NAME.json
+    python -m benchmarks.compare --corpus PATH             # to results/compare-NAME.json
+    python -m benchmarks.compare --corpus PATH --context   # does the line before help? to results/context-NAME.json
 
 Trains into runs/compare-NAME-PROFILE (what is there already is gone on from), so a second call only measures again.
 """
@@ -18,13 +18,20 @@ import torch
 from helpers.batches import Pairs, Prepared, prepare
 from helpers.chat import Chatbot
 from helpers.corpus import read_corpus
-from helpers.decoding import choice_accuracy, log_probability, mutual_information
-from helpers.metrics import commonest_reply, reply_metrics
+from helpers.decoding import mutual_information
+from helpers.evaluation import (
+    choice_accuracy,
+    commonest_reply,
+    evaluate,
+    log_probability,
+    replies_of,
+    reply_metrics,
+    score,
+)
 from helpers.run import ROOT, Run, choose_device, machine, write_json
 from helpers.settings import UserError, load_profile
 from helpers.text import EOS
-from helpers.tracking import Tracker
-from helpers.training import evaluate, fit, read_metrics, replies_of, score
+from helpers.training import fit
 
 PROFILES = ("classic", "cornell")
 SHORT = 9  # words at most, on both sides: what the classic recipe trains on
@@ -42,7 +49,7 @@ def train(profile: str, corpus, name: str, device: torch.device) -> tuple[Run, P
     run, settings = Run.named(f"compare-{name}-{profile}"), load_profile(profile)
     data = prepare(corpus, settings)
     data.save(run.data)
-    fit(run, data, settings, device, Tracker("off", run.folder, {}))
+    fit(run, data, settings, device)
     return run, data, Chatbot.load(run, device)
 
 
@@ -61,7 +68,7 @@ def measure(name: str, corpus, device: torch.device) -> dict:
     result |= {"short test exchanges": len(short), "test exchanges": len(texts), "queries": QUERIES, "models": {}}
     for profile, (run, _, bot) in trained.items():
         likelihood = evaluate(bot.model, Pairs.from_words(short, bot.vocabulary).to(device))
-        rows = read_metrics(run)
+        rows = run.read_metrics()
         manifest = json.loads(run.manifest.read_text())
         entry = {
             "parameters": manifest["parameters"],
@@ -80,15 +87,14 @@ def measure(name: str, corpus, device: torch.device) -> dict:
         pairs = Pairs.from_words(words[:QUERIES], bot.vocabulary).to(device)
         references = [response for _, response in words[:QUERIES]]
         entry["choice of ten"] = {"likelihood": choice_accuracy(partial(log_probability, bot.model), pairs)}
-        if "mmi" in bot.decoders:
+        if "mmi" in bot.decoders():
             entry["choice of ten"]["mmi"] = choice_accuracy(partial(mutual_information, bot.model), pairs)
         entry["decoders"] = {}
-        for decoder in bot.decoders:
-            search = bot.search(decoder)
-            said = replies_of(bot.model, pairs, bot.vocabulary, bot.settings.max_response_words + 1, search)
-            entry["decoders"][decoder] = reply_metrics(said, references) | {"commonest": commonest_reply(said)[0]}
+        for decoder, search in bot.decoders().items():
+            replies = replies_of(bot.model, pairs, bot.vocabulary, bot.settings.max_response_words + 1, search)
+            entry["decoders"][decoder] = reply_metrics(replies, references) | {"commonest": commonest_reply(replies)[0]}
         entry["replies"] = {
-            query: {decoder: bot.reply(query, decoder).text for decoder in bot.decoders}
+            query: {decoder: bot.reply(query, decoder).text for decoder in bot.decoders()}
             for query in (line.strip() for line in OURS.replace("\n", "").split("|"))
         }
         result["models"][profile] = entry
@@ -105,7 +111,7 @@ def measure_context(name: str, corpus, device: torch.device) -> dict:
             load_profile("cornell").change(context_words=words, **small),
         )
         data = prepare(corpus, settings)
-        model = fit(run, data, settings, device, Tracker("off", run.folder, {}))
+        model = fit(run, data, settings, device)
         test = data.splits["test"]
         if words:
             follow_ups = ((test.queries == EOS).any(1) & (test.queries[:, 0] != EOS)).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The textbook way, one decoding step at a time: the yardstick of bench and latency, and used for nothing else.
+"""The textbook way, one decoding step at a time: the yardstick of bench, and used for nothing else.
 
 It is what a competent reader of the classic chatbot tutorial writes: dictionaries of lines, batches made of word
 lists, a Python loop over decoding steps with softmax, gather and log, a loss read back at every step, two optimisers.
@@ -165,32 +165,3 @@ class StepwiseTrainer:
             cross_entropy = -torch.log(torch.gather(probabilities, 1, response[step].view(-1, 1)).squeeze(1))
             yield cross_entropy.masked_select(mask[step]).mean(), mask[step].sum().item()
             words = response[step].view(1, -1)
-
-
-@torch.no_grad()
-def greedy(model, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
-    """The textbook's greedy search on this project's `Seq2Seq`, so that both ways can be timed with equal weights.
-
-    One query at a time, `max_words` steps whether or not the reply has ended, the attention's keys, a softmax over
-    the vocabulary and a growing list of tokens at each of them. Takes and returns what `decoding.greedy` does, except
-    that a row goes on after its EOS.
-    """
-    rows = []
-    for row, length in zip(query, lengths, strict=True):
-        row = row[: int(length)].unsqueeze(0)
-        states, hidden = model.encoder(model.embedding(row), length.view(1))
-        words = torch.full((1, 1), SOS, device=query.device)
-        said = torch.zeros(0, dtype=torch.long, device=query.device)
-        scores = torch.zeros(0, device=query.device)
-        for _ in range(max_words):
-            output, hidden = model.decoder.gru(model.embedding(words), hidden)
-            attention = model.decoder.attention
-            weights = torch.softmax(attention.scores(output, attention.keys(states)), dim=2)
-            combined = torch.tanh(model.decoder.combine(torch.cat([weights @ states, output], 2)))
-            probabilities = torch.softmax(model.output(combined.squeeze(1)), dim=1)
-            probabilities[:, [PAD, SOS, SPECIAL.index("<unk>")]] = 0
-            score, word = torch.max(probabilities, dim=1)
-            said, scores = torch.cat((said, word)), torch.cat((scores, score))
-            words = word.unsqueeze(0)
-        rows.append(said)
-    return torch.stack(rows)

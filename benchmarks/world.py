@@ -1,4 +1,6 @@
-"""The embedded corpus: a small world of people, things and places, generated in the Cornell files' own format.
+"""The generator of the embedded corpus: a small world of people, things and places, in the Cornell files' own format.
+
+    python -m benchmarks.world corpora/sample
 
 Each *conversation* is a chain of two or three lines, and every line follows from the one before it alone. Each is
 about one *combination* of words (a name, a city, …), and a combination belongs to one *movie*. The split goes by
@@ -10,14 +12,15 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from helpers.corpus import SEPARATOR
 from helpers.run import atomic_write
 
 EXCHANGES = 12000
 PARAPHRASES = 2  # of each combination that a movie is about
-SEPARATOR = " +++$+++ "
 
 WORLD = {
     "name": """anna ben clara david emma frank grace henry iris jack kate leo mary nina oscar paul rosa sam tina victor
@@ -141,16 +144,6 @@ KINDS = {
     ),
 }
 
-COPY_WORDS = [f"{letter}{number}" for letter in "abcde" for number in range(4)]
-
-
-def copy_task(examples: int, seed: int = 1) -> list[tuple[list[str], list[str]]]:
-    """(query, response) pairs of 2 to 8 random words each, where the response repeats the query."""
-    randomness = random.Random(seed)
-    queries = [randomness.choices(COPY_WORDS, k=randomness.randint(2, 8)) for _ in range(examples)]
-    return [(query, query) for query in queries]
-
-
 _SLOT = re.compile(r"{(\w+?)([12])}")
 
 
@@ -262,3 +255,7 @@ def _made_up_name(index: int) -> str:
         index, syllable = divmod(index, len(consonants) * len(vowels))
         name += consonants[syllable // len(vowels)] + vowels[syllable % len(vowels)]
     return name
+
+
+if __name__ == "__main__":
+    write_corpus(sys.argv[1])

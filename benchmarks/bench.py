@@ -1,4 +1,6 @@
-"""This project against the textbook way of `stepwise`, side by side in one run: preparing, training, answering.
+"""This project against the textbook way, side by side in one run: preparing, training, answering.
+
+    python -m benchmarks.bench --device cpu --json results/bench-cpu.json    # what `make bench` calls
 
 The ways take turns, so that a machine that is busy for a while slows both. Where memory or the C library's settings
 count, in preparing and training, each side works in a process of its own.
@@ -6,15 +8,20 @@ count, in preparing and training, each side works in a process of its own.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import itertools
 import math
 import multiprocessing
+import multiprocessing.pool
+import os
 import random
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +31,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import batches, sample, stepwise, training
-from helpers.batches import Batch, BucketedSampler, Pairs, prepare, prepared_data
+from benchmarks import textbook, world
+from helpers import training
+from helpers.batches import Batch, BucketedSampler, Pairs, prepare
 from helpers.corpus import read_corpus
 from helpers.decoding import greedy
+from helpers.evaluation import evaluate
+from helpers.latency import textbook_greedy
+from helpers.model import Seq2Seq, new_model
 from helpers.profiling import machine_peaks
-from helpers.run import keep_memory, machine, seconds
+from helpers.run import choose_device, machine, seconds, write_json
 from helpers.settings import Settings, UserError, load_profile
 from helpers.text import PAD, Vocabulary
 
@@ -38,6 +49,9 @@ LINES_PER_EXCHANGE = 1.7234  # of the generated corpus
 WORDS = 7_800  # of the vocabulary that training and decoding are timed with
 LOSS = 1.5  # nats a token, the validation loss that both ways are to reach
 ROUNDS, UPDATES = 5, 8
+# What `make` sets for every process of ours: glibc keeps freed memory for the next tensors, in place of giving it back
+# to the system, which hands it out again page by page.
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 # Our way in bf16 with one of its gains left out, to see what each is worth.
 WITHOUT = ("bf16, step by step", "bf16, random batches")
 
@@ -68,12 +82,10 @@ def bench(device: torch.device) -> dict:
 def compared(found: dict) -> pd.DataFrame:
     """A row a measurement: both ways' medians, the medians' ratio, the least and greatest ratio of any round, and the
     share of the machine's matrix peak that ours reached."""
-    prepared, answered, reached = found["preparation"], found["replies"], found["time to a loss"]
+    answered, reached = found["replies"], found["time to a loss"]
     textbook, shares = found["training"]["textbook"]["tokens"], {}
-    pairs = {
-        "corpus lines/s": (prepared["textbook"], prepared["ours"]),
-        "corpus lines/s, prepared before": (prepared["textbook"], prepared["cached"]),
-    }
+    prepared = found["preparation"]
+    pairs = {"corpus lines/s": (prepared["textbook"], prepared["ours"])}
     for way, rates in found["training"].items():
         if way != "textbook":
             name, peak = f"training, {way}: target tokens/s", found["peaks"][f"{way[:4]} GFLOP/s"]
@@ -101,16 +113,15 @@ def scale(folder: Path) -> list[dict]:
     """Seconds and peak memory of preparing generated corpora of 30 thousand, 300 thousand and 3 million lines."""
     found = []
     for wanted in LINES:
-        source = sample.write_corpus(folder / str(wanted), exchanges=round(wanted / LINES_PER_EXCHANGE))
+        source = world.write_corpus(folder / str(wanted), exchanges=round(wanted / LINES_PER_EXCHANGE))
         taken, memory = _alone(_prepare, "ours", source)
         found.append({"lines": _lines(source), "seconds": taken, "MB": memory})
     return found
 
 
 def preparation(source: Path) -> dict[str, list[float]]:
-    """Lines a second of all ways of preparing one corpus, taking turns."""
-    _alone(_prepare, "cached", source)  # fills the cache
-    found = {way: [] for way in ("textbook", "ours", "cached")}
+    """Lines per second of both ways of preparing one corpus, taking turns."""
+    found = {way: [] for way in ("textbook", "ours")}
     for _ in range(3):
         for way, rates in found.items():
             rates.append(_lines(source) / _alone(_prepare, way, source)[0])
@@ -124,12 +135,11 @@ def _lines(source: Path) -> int:
 
 def updates(device: torch.device) -> dict:
     """Target tokens and floating-point operations (of matrix products) a second, round by round, of all ways."""
-    context = multiprocessing.get_context("spawn")
     found = {name: {"tokens": [], "flops": []} for name in ("textbook", "fp32", "bf16", *WITHOUT)}
-    with context.Pool(1) as textbook, context.Pool(1) as ours:
+    with _process("textbook") as theirs, _process("ours") as ours:
         for _ in range(ROUNDS + 1):
             for name, values in found.items():
-                pool = textbook if name == "textbook" else ours
+                pool = theirs if name == "textbook" else ours
                 tokens, flops = pool.apply(_train, (name, device))
                 values["tokens"].append(tokens)
                 values["flops"].append(flops)
@@ -140,11 +150,11 @@ def replies(device: torch.device) -> dict[str, list[float]]:
     """Replies a second from equal weights: the textbook's search, one query at a time, and ours at two batch sizes."""
     settings = load_profile("classic")
     pairs, _, vocabulary = made_up_dialogue()
-    model = training.new_model(settings, len(vocabulary)).to(device).eval()
+    model = new_model(settings, len(vocabulary)).to(device).eval()
     batch = pairs.to(device).batch(torch.arange(64))
     one = [(batch.query[i : i + 1, : int(n)], n.view(1)) for i, n in enumerate(batch.query_lengths)]
     ways: dict[str, Callable] = {
-        "textbook": lambda: stepwise.greedy(model, batch.query, batch.query_lengths, 10),
+        "textbook": lambda: textbook_greedy(model, batch.query, batch.query_lengths, 10),
         "batch 1": lambda: [greedy(model, query, length, 10) for query, length in one],
         "batch 64": lambda: greedy(model, batch.query, batch.query_lengths, 10),
     }
@@ -163,7 +173,7 @@ def time_to_a_loss(folder: Path, device: torch.device) -> dict:
     Both train the classic size with the classic settings on the embedded corpus, once each, and check every 25 updates.
     Raises UserError if either does not come to that loss.
     """
-    source = sample.write_corpus(folder / "sample")
+    source = world.write_corpus(folder / "sample")
     found = {}
     for way in ("ours", "textbook"):
         start = time.perf_counter()
@@ -172,7 +182,7 @@ def time_to_a_loss(folder: Path, device: torch.device) -> dict:
     return found
 
 
-def made_up_dialogue(examples: int = 6400) -> tuple[Pairs, list[stepwise.Pair], Vocabulary]:
+def made_up_dialogue(examples: int = 6400) -> tuple[Pairs, list[textbook.Pair], Vocabulary]:
     """Exchanges to time training with, as ids and as text, and their vocabulary of 7,800 words.
 
     Lengths of 2 to 9 words are as likely as one another, and words follow Zipf's law: near what the tutorial's filter
@@ -187,16 +197,14 @@ def made_up_dialogue(examples: int = 6400) -> tuple[Pairs, list[stepwise.Pair], 
     return Pairs.from_words(pairs, vocabulary), [[" ".join(q), " ".join(r)] for q, r in pairs], vocabulary
 
 
-class StepByStep(training.Objective):
-    """The same loss from one decoding step after another, padding projected and all."""
-
-    def forward(self, batch: Batch, teacher_forcing: bool = True) -> Tensor:
-        memory, state = self.model.encode(batch.query, batch.query_lengths)
-        losses = []
-        for words, targets in zip(batch.inputs.unbind(1), batch.targets.unbind(1), strict=True):
-            logits, state = self.model.step(words, state, memory)
-            losses.append(functional.cross_entropy(logits.float(), targets, ignore_index=PAD, reduction="sum"))
-        return torch.stack(losses).sum()
+def stepwise_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
+    """The same as `batch_loss`, from one decoding step after another."""
+    memory, state = model.encode(batch.query, batch.query_lengths)
+    losses = []
+    for words, targets in zip(batch.inputs.unbind(1), batch.targets.unbind(1), strict=True):
+        logits, state = model.step(words, state, memory)
+        losses.append(functional.cross_entropy(logits.float(), targets, ignore_index=PAD, reduction="sum"))
+    return torch.stack(losses).sum(), int(batch.target_mask.sum())
 
 
 class _Worker:
@@ -229,20 +237,22 @@ class _Worker:
 
     def textbook(self, way: str) -> int:
         if way not in self.models:
-            self.models[way] = stepwise.StepwiseTrainer(self.vocabulary.ids, self.device)
+            self.models[way] = textbook.StepwiseTrainer(self.vocabulary.ids, self.device)
         return self.models[way].train([random.choice(self.texts) for _ in range(64)])[1]
 
     def own(self, way: str) -> int:
         if way not in self.models:
-            keep_memory()
-            kind = StepByStep if "step by step" in way else training.Objective
-            objective = kind(training.new_model(self.settings, len(self.vocabulary)).to(self.device)).train()
+            trainer = training.Trainer(
+                new_model(self.settings, len(self.vocabulary)).to(self.device).train(), self.settings, way[:4]
+            )
             order = BucketedSampler(self.pairs, 64, 1).from_update(0)
             if "random" in way:
                 order = (torch.randint(len(self.pairs), (64,)) for _ in itertools.count())
-            self.models[way] = (objective, training.new_optimizer(objective.model, self.settings), order)
-        objective, optimizer, order = self.models[way]
-        return training.take_step(objective, optimizer, self.pairs, next(order), self.settings, 0, way[:4])["tokens"]
+            self.models[way] = trainer, order
+        trainer, order = self.models[way]
+        loss = stepwise_loss if "step by step" in way else training.batch_loss
+        with unittest.mock.patch("helpers.training.batch_loss", loss):
+            return trainer.step(self.pairs, next(order), 0)["tokens"]
 
 
 _worker: _Worker | None = None
@@ -256,14 +266,11 @@ def _train(way: str, device: torch.device) -> tuple[float, float]:
 
 def _prepare(way: str, source: Path) -> float:
     settings = Settings(min_count=3)
-    batches.DATA = source.parent  # the cache of this measurement is nobody else's
     start = time.perf_counter()
     if way == "textbook":
-        stepwise.read_pairs(source, settings.max_query_words, settings.min_count)
-    elif way == "ours":
-        prepare(read_corpus(source), settings)
+        textbook.read_pairs(source, settings.max_query_words, settings.min_count)
     else:
-        prepared_data(source, settings)
+        prepare(read_corpus(source), settings)
     return time.perf_counter() - start
 
 
@@ -273,22 +280,20 @@ def _reach(way: str, source: Path, device: torch.device) -> tuple[float, int]:
     prepared = prepare(read_corpus(source), settings)
     words, train, validation = prepared.vocabulary, prepared.splits["train"], prepared.splits["validation"].first(512)
     if way == "ours":
-        keep_memory()
-        precision = training.choose_precision("auto", device)
         train, validation = train.to(device), validation.to(device)
-        objective = training.Objective(training.new_model(settings, len(words)).to(device))
-        optimizer = training.new_optimizer(objective.model, settings)
+        model = new_model(settings, len(words)).to(device)
+        trainer = training.Trainer(model, settings, training.choose_precision("auto", device))
         order = BucketedSampler(train, 64, 1).from_update(0)
 
         def step(update: int) -> None:
-            training.take_step(objective, optimizer, train, next(order), settings, update, precision)
+            trainer.step(train, next(order), update)
 
         def validated() -> float:
-            return training.evaluate(objective.model, validation).per_token
+            return evaluate(model, validation).per_token
 
     else:
         texts, held_out = _texts(train, words), _texts(validation, words)
-        trainer = stepwise.StepwiseTrainer(words.ids, device)
+        trainer = textbook.StepwiseTrainer(words.ids, device)
 
         def step(update: int) -> None:
             trainer.train([random.choice(texts) for _ in range(64)])
@@ -309,15 +314,28 @@ def seed() -> None:
     torch.manual_seed(1)
 
 
-def _texts(pairs: Pairs, vocabulary: Vocabulary) -> list[stepwise.Pair]:
+def _texts(pairs: Pairs, vocabulary: Vocabulary) -> list[textbook.Pair]:
     rows = zip(pairs.queries.tolist(), pairs.responses.tolist(), strict=True)
     return [[" ".join(vocabulary.decode(query)), " ".join(vocabulary.decode(response))] for query, response in rows]
 
 
-def _alone(function: Callable, *arguments) -> tuple:
-    """What a function returns in a fresh process, and that process's peak memory in MB."""
+@contextlib.contextmanager
+def _process(way: str) -> Iterator[multiprocessing.pool.Pool]:
+    """A fresh process, for our own way with the C library's settings that `make` gives it, for the textbook without."""
+    outside = {name: os.environ.pop(name, None) for name in MEMORY}
+    os.environ.update({} if way == "textbook" else MEMORY)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_with_memory, (function, arguments))
+        for name, value in outside.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        yield pool
+
+
+def _alone(function: Callable, way: str, *arguments) -> tuple:
+    """What a function returns in a fresh process, and that process's peak memory in MB."""
+    with _process(way) as pool:
+        return pool.apply(_with_memory, (function, (way, *arguments)))
 
 
 def _with_memory(function: Callable, arguments: tuple) -> tuple:
@@ -327,3 +345,23 @@ def _with_memory(function: Callable, arguments: tuple) -> tuple:
         return result, int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
     except OSError:  # not on Linux
         return result, math.nan
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; DEVICE in it is replaced")
+    options = parser.parse_args()
+    try:
+        device = choose_device(options.device)
+        found = bench(device)
+        if options.json:
+            write_json(Path(str(options.json).replace("DEVICE", device.type)), found)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

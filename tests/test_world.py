@@ -2,21 +2,27 @@ from collections import Counter
 
 import pytest
 
-from helpers import sample
+from benchmarks import world
 from helpers.batches import prepare
-from helpers.corpus import read_corpus
+from helpers.corpus import CONVERSATIONS, LINES, SAMPLE, read_corpus
 from helpers.settings import load_profile
 from helpers.text import tokenise
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return read_corpus(sample.write_corpus(tmp_path_factory.mktemp("sample")))
+def corpus():
+    return read_corpus("sample")
 
 
-def test_it_is_deterministic_and_large_enough(corpus, tmp_path):
-    again = read_corpus(sample.write_corpus(tmp_path))
-    assert again.digest == corpus.digest
+def test_the_embedded_corpus_is_what_the_generator_makes_byte_for_byte(tmp_path):
+    world.write_corpus(tmp_path)
+    for name in (LINES, CONVERSATIONS):
+        assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes(), (
+            "python -m benchmarks.world corpora/sample"
+        )
+
+
+def test_it_is_large_enough(corpus):
     assert len(corpus.exchanges) >= 4000
     words = {word for exchange in corpus.exchanges for word in tokenise(exchange.query) + tokenise(exchange.response)}
     assert len(words) >= 300
@@ -46,16 +52,10 @@ def test_what_is_held_out_was_never_seen_but_its_words_were_seen_often(corpus, s
 
 
 def test_a_larger_corpus_has_new_names_and_the_size_asked_for(tmp_path):
-    corpus = read_corpus(sample.write_corpus(tmp_path, exchanges=30_000))
+    corpus = read_corpus(world.write_corpus(tmp_path, exchanges=30_000))
     assert 30_000 <= len(corpus.exchanges) < 30_200
     movies = {}
     for exchange in corpus.exchanges:
         assert movies.setdefault(exchange.query, exchange.movie) == exchange.movie
     words = {word for exchange in corpus.exchanges for word in exchange.query.split()}
     assert len(words) > 600
-
-
-def test_the_copy_task_repeats_the_query():
-    pairs = sample.copy_task(50)
-    assert all(query == response and 2 <= len(query) <= 8 for query, response in pairs)
-    assert pairs == sample.copy_task(50) != sample.copy_task(50, seed=2)

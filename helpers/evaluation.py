@@ -1,0 +1,178 @@
+"""The loss, the likelihood of given responses, and what replies are measured by."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from helpers.batches import Batch, Pairs
+from helpers.model import Seq2Seq
+from helpers.settings import UserError
+from helpers.text import PAD, SOS, UNK, Vocabulary, tokenise
+
+BATCH = 256  # examples that are evaluated at once
+Words = list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """A summed negative log-likelihood in nats, and over how much it was summed."""
+
+    nll: float
+    tokens: int  # EOS counted
+    responses: int
+
+    @property
+    def per_token(self) -> float:
+        """Nats per token: the loss."""
+        return self.nll / self.tokens
+
+    @property
+    def per_response(self) -> float:
+        """Nats per response."""
+        return self.nll / self.responses
+
+    @property
+    def perplexity(self) -> float:
+        """exp(sum of losses / sum of tokens), which is not the mean of the batches' perplexities."""
+        return math.exp(min(self.per_token, 700.0))
+
+
+def batch_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
+    """The sum of the cross-entropy of every real token, in nats, and their number. The loss is their quotient. Padding
+    in `batch.targets` (batch, response time) counts for nothing."""
+    if teacher_forcing:
+        logits = model(batch.query, batch.query_lengths, batch.inputs)
+    else:
+        logits = free_running_logits(model, batch)
+    logits, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
+    return functional.cross_entropy(logits, targets, ignore_index=PAD, reduction="sum"), int((targets != PAD).sum())
+
+
+def free_running_logits(model: Seq2Seq, batch: Batch) -> Tensor:
+    """Logits (batch, response time, vocabulary) of a decoder that reads its own likeliest words, not the response's."""
+    memory, state = model.encode(batch.query, batch.query_lengths)
+    words, steps = batch.inputs[:, 0], []
+    for _ in range(batch.inputs.size(1)):
+        logits, state = model.step(words, state, memory)
+        steps.append(logits)
+        words = logits.argmax(1)
+    return torch.stack(steps, 1)
+
+
+@torch.no_grad()
+def evaluate(model: Seq2Seq, pairs: Pairs) -> Likelihood:
+    """The exact teacher-forced likelihood of all responses, in fp32 and without dropout."""
+    training = model.training
+    model.eval()
+    nll, tokens = 0.0, 0
+    for indices in pairs.order().split(BATCH):
+        loss, count = batch_loss(model, pairs.batch(indices))
+        nll, tokens = nll + loss.double().item(), tokens + count
+    model.train(training)
+    return Likelihood(nll, tokens, len(pairs))
+
+
+def score(model: Seq2Seq, vocabulary: Vocabulary, texts: list[tuple[str, str]]) -> dict[str, float]:
+    """The likelihood of whole responses given their queries, nothing cut and nothing dropped. A word that is not in the
+    vocabulary costs -ln P(UNK) + ln(number of training words that UNK stands for): the share of one of them if all are
+    equally likely. Raises UserError for a query without any word."""
+    pairs = [(tokenise(query), tokenise(response)) for query, response in texts]
+    for number, (query, _) in enumerate(pairs, 1):
+        if not query:
+            raise UserError(f"Pair {number}: the query {texts[number - 1][0][:50]!r} has no word in it.")
+    encoded = Pairs.from_words(pairs, vocabulary)
+    unknown = int((encoded.responses == UNK).sum())
+    known = evaluate(model, encoded.to(model.embedding.weight.device))
+    full = Likelihood(known.nll + unknown * math.log(max(vocabulary.unknown_types, 1)), known.tokens, known.responses)
+    return {
+        "pairs": full.responses, "tokens": full.tokens, "nll_per_token": full.per_token, "perplexity": full.perplexity,
+        "nll_per_response": full.per_response, "unknown_rate": unknown / full.tokens,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def log_probability(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor) -> Tensor:
+    """ln p(reply | query), (batch,): replies (batch, time) end in EOS or are cut off, and are PAD after that."""
+    totals = []
+    for rows in torch.arange(len(query)).split(BATCH):  # bounds the memory that logits take
+        targets = replies[rows]
+        inputs = torch.cat([torch.full_like(targets[:, :1], SOS), targets[:, :-1]], 1)
+        logits = model(query[rows], lengths[rows], inputs).float().transpose(1, 2)
+        totals.append(-functional.cross_entropy(logits, targets, ignore_index=PAD, reduction="none").sum(1))
+    return torch.cat(totals)
+
+
+@torch.no_grad()
+def choice_accuracy(score: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: Pairs, others: int = 9) -> float:
+    """How often score(query, lengths, replies) ranks the true response above `others` taken from other queries. The
+    others are drawn by a fixed seed; guessing gives 1 / (1 + others)."""
+    randomness, right = torch.Generator().manual_seed(0), 0
+    for rows in torch.arange(len(pairs)).split(64):
+        shifts = torch.randint(1, len(pairs), (len(rows), others), generator=randomness)
+        chosen = torch.cat([rows.unsqueeze(1), (rows.unsqueeze(1) + shifts) % len(pairs)], 1).flatten()
+        replies = pairs.responses[chosen.to(pairs.responses.device)].long()
+        batch = pairs.batch(rows.repeat_interleave(1 + others))
+        scores = score(batch.query, batch.query_lengths, replies).view(len(rows), -1)
+        right += int((scores[:, 0] >= scores.max(1).values).sum())
+    return right / len(pairs)
+
+
+def replies_of(
+    model: Seq2Seq, pairs: Pairs, vocabulary: Vocabulary, max_words: int, search: Callable[..., Tensor]
+) -> list[Words]:
+    """The words that a decoder, search(model, query, lengths, max_words), gives to each query, in their order."""
+    replies: list[Words] = [[] for _ in range(len(pairs))]
+    for indices in pairs.order().split(BATCH):
+        batch = pairs.batch(indices)
+        ids = search(model, batch.query, batch.query_lengths, max_words)
+        for index, row in zip(indices.tolist(), ids.tolist(), strict=True):
+            replies[index] = vocabulary.decode(row)
+    return replies
+
+
+def reply_metrics(replies: list[Words], references: list[Words]) -> dict[str, float]:
+    """The figures below, for one decoder's replies to one set of queries."""
+    figures = {"exact": exact_matches(replies, references), "BLEU": bleu(replies, references)}
+    figures |= {f"distinct-{n}": distinct(replies, n) for n in (1, 2)}
+    return figures | {
+        "commonest share": commonest_reply(replies)[1], "mean words": sum(map(len, replies)) / len(replies)
+    }  # fmt: skip
+
+
+def exact_matches(replies: list[Words], references: list[Words]) -> float:
+    """The share of replies that are the reference word for word."""
+    return sum(reply == reference for reply, reference in zip(replies, references, strict=True)) / len(references)
+
+
+def bleu(replies: list[Words], references: list[Words]) -> float:
+    """Corpus BLEU-4 in percent, as sacrebleu computes it on words already parted by blanks."""
+    import sacrebleu  # here, since nothing else needs it
+
+    hypotheses, wanted = ([" ".join(words) for words in side] for side in (replies, references))
+    return sacrebleu.corpus_bleu(hypotheses, [wanted], tokenize="none", force=True).score
+
+
+def distinct(replies: list[Words], n: int) -> float:
+    """Different n-grams / all n-grams over all replies (arXiv:1510.03055): 1 is all different, near 0 is parroting."""
+    grams = Counter(tuple(words[i : i + n]) for words in replies for i in range(len(words) - n + 1))
+    return len(grams) / max(sum(grams.values()), 1)
+
+
+def commonest_reply(replies: list[Words]) -> tuple[str, float]:
+    """The reply given most often, and its share of all replies."""
+    (reply, count), *_ = Counter(" ".join(words) for words in replies).most_common(1)
+    return reply, count / len(replies)
+
+
+def unigram_perplexity(training: Counter[str], responses: list[Words]) -> float:
+    """Perplexity of a model that knows only how often each word (EOS included) occurs; counts + 1 for new ones.
+    `training` counts response words with their EOS; `responses` carry their EOS too. Learning must beat this."""
+    types, total = len(training) + 1, sum(training.values())
+    words = [word for response in responses for word in response]
+    nll = -sum(math.log((training[word] + 1) / (total + types)) for word in words)
+    return math.exp(nll / len(words))
