@@ -102,7 +102,7 @@ lint: | $(INSTALLED)
 	@cd $(ROOT) && $(PY) -m ruff check . && $(PY) -m ruff format --check --quiet .
 
 unit: | $(INSTALLED)
-	@cd $(ROOT) && $(PY) -m pytest
+	@cd $(ROOT) && $(PY) -m pytest -n 2 --dist loadfile
 
 # nbval re-runs the committed notebooks on a copy of the run, the checkpoint must answer as the README says, and
 # where Chromium is installed a reader's visit is played.

@@ -38,8 +38,8 @@ class Batch(NamedTuple):
         return self.targets != PAD
 
     def with_dropout(self, query_share: float, word_share: float) -> "Batch":
-        """The batch with a share of its queries replaced by silence, and of its words (not the targets) by UNK. Both
-        are drawn from torch's global random numbers, of which none are used where the share is 0."""
+        """The batch with a share of its queries replaced by silence, and of its words (not the targets) by UNK.
+        Both are drawn from torch's global random numbers, of which none are used where the share is 0."""
         query, lengths, inputs = self.query, self.query_lengths, self.inputs
         if word_share:
             query, inputs = (
@@ -103,8 +103,8 @@ class Pairs:
 
 
 class BucketedSampler:
-    """Seeded batches of similar length, a pure function of (seed, epoch): nothing to save for an exact resume. Each
-    epoch is shuffled, cut into buckets of 50 batches, each bucket sorted by length and cut into batches, and the
+    """Seeded batches of similar length, a pure function of (seed, epoch): nothing to save for an exact resume.
+    Each epoch is shuffled, cut into buckets of 50 batches, each bucket sorted by length and cut into batches, and the
     batches shuffled. Every example comes once an epoch."""
 
     def __init__(self, pairs: Pairs, batch_size: int, seed: int) -> None:
@@ -174,19 +174,18 @@ class Tokenised(NamedTuple):
 
 @no_garbage_collection()
 def prepare(corpus: Corpus, settings: Settings) -> Prepared:
-    """Tokenise, filter, split by movie, build the vocabulary from the training part alone, encode. Raises UserError if
-    nothing, or too little to split in three, is left."""
+    """Tokenise, filter, split by movie, build the vocabulary from the training part alone, encode.
+    Raises UserError if nothing, or too little to split in three, is left."""
     exchanges, split_words = corpus.exchanges, functools.cache(tokenise)  # a line is often a response and then a query
     part_of = split(exchanges, settings.held_out_share, settings.seed)
     report = {"exchanges": len(exchanges), "no word left": 0, "response too long": 0, "query too long": 0}
     kept: dict[str, list[Tokenised]] = {name: [] for name in SPLITS}
     openers: list[Tokenised] = []
     before, conversation = [], None
-    for exchange in exchanges:
-        query, response = split_words(exchange.query), split_words(exchange.response)
-        part = part_of[exchange.movie]
-        if exchange.conversation != conversation:
-            before, conversation = [], exchange.conversation
+    for asked, answered, talk, movie in exchanges:
+        query, response, part = split_words(asked), split_words(answered), part_of[movie]
+        if talk != conversation:
+            before, conversation = [], talk
             if settings.openers and part == "train" and 0 < len(query) <= settings.max_response_words:
                 openers.append(Tokenised([], [], query))
         if not query or not response:
@@ -228,9 +227,9 @@ def with_context(before: list[str], query: list[str], context_words: int) -> lis
 
 
 def split(exchanges: list[Exchange], share: float, seed: int) -> dict[str, str]:
-    """Each movie's part, train, validation or test, chosen by seed: a movie goes wholly into one of them. Test and
-    validation get at least `share` of the exchanges each. All exchanges count, also those that the filters drop, so
-    that models trained with different filters are held to the same movies."""
+    """Each movie's part, train, validation or test, chosen by seed: a movie goes wholly into one of them.
+    Test and validation get at least `share` of the exchanges each. All exchanges count, also those that the filters
+    drop, so that models trained with different filters are held to the same movies."""
     sizes = Counter(exchange.movie for exchange in exchanges)
     movies = sorted(sizes)
     random.Random(seed).shuffle(movies)

@@ -62,8 +62,8 @@ class Corpus:
 
 @no_garbage_collection()
 def read_corpus(source: str | Path) -> Corpus:
-    """Read `sample`, `cornell`, or the path of a zip, a folder or an `utterances.jsonl`. `cornell` downloads the
-    official zip into `data/` once. Raises UserError for whatever cannot be read."""
+    """Read `sample`, `cornell`, or the path of a zip, a folder or an `utterances.jsonl`.
+    `cornell` downloads the official zip into `data/` once. Raises UserError for whatever cannot be read."""
     if source == "sample":
         return _read_path(SAMPLE, "sample")
     if source == "cornell":
@@ -76,8 +76,8 @@ def read_corpus(source: str | Path) -> Corpus:
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
-    """Fetch a file once, with a progress bar; it takes its place only when its SHA-256 is right. Raises UserError if
-    there is no network, or if the server sends something else."""
+    """Fetch a file once, with a progress bar; it takes its place only when its SHA-256 is right.
+    Raises UserError if there is no network, or if the server sends something else."""
     import pooch  # here, since only a download needs it
 
     pooch.get_logger().setLevel("WARNING")
@@ -161,7 +161,8 @@ def _read_cornell(files: dict[str, BinaryIO], hashed) -> tuple[dict[str, str], l
             wanted = f"two speaker ids, a movie id and a list like ['L1', 'L2'], parted by '{SEPARATOR}'"
             raise UserError(f"{where}: expected {wanted}. Mend or remove the line.")
         ids = fields[3].strip()[2:-2].split("', '")
-        if missing := [line_id for line_id in ids if line_id not in texts]:
+        if not all(map(texts.__contains__, ids)):
+            missing = [line_id for line_id in ids if line_id not in texts]
             raise UserError(f"{where}: line id {missing[0]} is not in {LINES}; are they of one corpus?")
         conversations.append(_Conversation(fields[2], ids[0], list(pairwise(ids))))
     return texts, conversations

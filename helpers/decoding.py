@@ -20,9 +20,9 @@ class GreedySearch(nn.Module):
         self.register_buffer("never", never, persistent=False)
 
     def forward(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
-        """query (batch, query time), lengths (batch,) on the CPU to ids (batch, at most max_words), PAD after EOS. On a
-        GPU, where looking whether all replies have ended makes the CPU wait, only every fourth step looks: up to three
-        columns of PAD more. Raises UserError (torch.jit.Error once scripted) for a query of no words."""
+        """query (batch, query time), lengths (batch,) on the CPU to ids (batch, at most max_words), PAD after EOS.
+        On a GPU, where looking whether all replies have ended makes the CPU wait, only every fourth step looks: up to
+        three columns of PAD more. Raises UserError (torch.jit.Error once scripted) for a query of no words."""
         if int(lengths.min()) < 1:
             raise UserError("A query has no words, and silence is EOS alone: give each row a length of at least 1.")
         every = 4 if query.is_cuda else 1
@@ -59,8 +59,8 @@ def greedy(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int) -> Te
 def beam_search(
     model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, beam: int = 5, length_penalty: float = 1.0
 ) -> Tensor:
-    """Ids (batch, at most max_words) of the replies with the best log-probability / words ** length_penalty. `beam`
-    partial replies a query are kept. A reply that ends joins the finished ones, of which the best is returned; a
+    """Ids (batch, at most max_words) of the replies with the best log-probability / words ** length_penalty.
+    `beam` partial replies a query are kept. A reply that ends joins the finished ones, of which the best is returned; a
     query's search is over when `beam` have finished. One beam is greedy search. Raises UserError if there is none."""
     if beam < 1:
         raise UserError(f"A beam search keeps at least 1 partial reply, not {beam}.")
@@ -111,9 +111,9 @@ def sample(
     model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Ids (batch, at most max_words), each word drawn from softmax(logits / temperature). `top_k` keeps the k likeliest
-    words (0: all), `top_p` the fewest likeliest whose probability reaches p (nucleus sampling, arXiv:1904.09751). A
-    temperature of 0 is greedy search. Raises UserError for values out of range."""
+    """Ids (batch, at most max_words), each word drawn from softmax(logits / temperature).
+    `top_k` keeps the k likeliest words (0: all), `top_p` the fewest likeliest whose probability reaches p (nucleus
+    sampling, arXiv:1904.09751). A temperature of 0 is greedy search. Raises UserError for values out of range."""
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         asked = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
         raise UserError(f"{asked}: the first two must not be negative, and top_p must be above 0 and at most 1.")
@@ -152,8 +152,8 @@ def silence(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def mutual_information(
     model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor, weight: float = 0.85, word_reward: float = 0.5
 ) -> Tensor:
-    """ln p(T | S) - weight · ln p(T) + word_reward · |T|, (batch,): the MMI-antiLM objective of arXiv:1510.03055. A
-    reply that fits any query, such as "I don't know", has a high p(T) and loses; the reward keeps the shortest from
+    """ln p(T | S) - weight · ln p(T) + word_reward · |T|, (batch,): the MMI-antiLM objective of arXiv:1510.03055.
+    A reply that fits any query, such as "I don't know", has a high p(T) and loses; the reward keeps the shortest from
     winning. p(T) is the same model's probability of the reply to silence, so train it with `query_dropout`."""
     alone = log_probability(model, *silence(len(query), query.device), replies)
     words = (replies != PAD).sum(1)

@@ -35,8 +35,8 @@ def save_scripted(path: Path, scripted: torch.jit.ScriptModule, vocabulary: Voca
 
 
 def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptModule, Vocabulary, int]:
-    """The module, the vocabulary and the longest reply of a file that `save_scripted` wrote. A scripted file is a
-    program: load only what you made or trust. Raises UserError if it is missing or damaged."""
+    """The module, the vocabulary and the longest reply of a file that `save_scripted` wrote.
+    A scripted file is a program: load only what you made or trust. Raises UserError if it is missing or damaged."""
     require(path, "notebook 07_torchscript_and_latency")
     extra = {"vocabulary.json": "", "limits.json": ""}
     kinds = (RuntimeError, ValueError, TypeError, KeyError, UserError)
@@ -54,8 +54,8 @@ def quantised(model: Seq2Seq) -> Seq2Seq:
 
 
 class Steps(nn.Module):
-    """`count` steps of greedy search, plain tensors in and out, nothing that depends on data: what compilers want. The
-    GRU is computed cell by cell, since the packed many-step one neither compiles nor exports."""
+    """`count` steps of greedy search, plain tensors in and out, nothing that depends on data: what compilers want.
+    The GRU is computed cell by cell, since the packed many-step one neither compiles nor exports."""
 
     def __init__(self, model: Seq2Seq, count: int = 1) -> None:
         super().__init__()

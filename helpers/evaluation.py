@@ -43,8 +43,8 @@ class Likelihood:
 
 
 def batch_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
-    """The sum of the cross-entropy of every real token, in nats, and their number. The loss is their quotient. Padding
-    in `batch.targets` (batch, response time) counts for nothing."""
+    """The sum of the cross-entropy of every real token, in nats, and their number.
+    The loss is their quotient. Padding in `batch.targets` (batch, response time) counts for nothing."""
     if teacher_forcing:
         logits = model(batch.query, batch.query_lengths, batch.inputs)
     else:
@@ -78,9 +78,9 @@ def evaluate(model: Seq2Seq, pairs: Pairs) -> Likelihood:
 
 
 def score(model: Seq2Seq, vocabulary: Vocabulary, texts: list[tuple[str, str]]) -> dict[str, float]:
-    """The likelihood of whole responses given their queries, nothing cut and nothing dropped. A word that is not in the
-    vocabulary costs -ln P(UNK) + ln(number of training words that UNK stands for): the share of one of them if all are
-    equally likely. Raises UserError for a query without any word."""
+    """The likelihood of whole responses given their queries, nothing cut and nothing dropped.
+    A word that is not in the vocabulary costs -ln P(UNK) + ln(number of training words that UNK stands for): the share
+    of one of them if all are equally likely. Raises UserError for a query without any word."""
     pairs = [(tokenise(query), tokenise(response)) for query, response in texts]
     for number, (query, _) in enumerate(pairs, 1):
         if not query:
@@ -109,8 +109,8 @@ def log_probability(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Ten
 
 @torch.no_grad()
 def choice_accuracy(score: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: Pairs, others: int = 9) -> float:
-    """How often score(query, lengths, replies) ranks the true response above `others` taken from other queries. The
-    others are drawn by a fixed seed; guessing gives 1 / (1 + others)."""
+    """How often score(query, lengths, replies) ranks the true response above `others` taken from other queries.
+    The others are drawn by a fixed seed; guessing gives 1 / (1 + others)."""
     randomness, right = torch.Generator().manual_seed(0), 0
     for rows in torch.arange(len(pairs)).split(64):
         shifts = torch.randint(1, len(pairs), (len(rows), others), generator=randomness)

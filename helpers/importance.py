@@ -11,11 +11,11 @@ from helpers.sweep import LOSS, space_of
 
 
 def importance(table: pd.DataFrame, spec: dict, seed: int = 0) -> pd.DataFrame:
-    """How much each parameter that varies moved the loss, by four measures; rows by falling fANOVA. `fANOVA` and
-    `PED-ANOVA` are Optuna's (Hutter et al., ICML 2014; arXiv:2304.10255). `forest` and `correlation` are what W&B's
-    importance panel shows: how much the splits of a random forest's trees on the parameter gain, and the linear
-    correlation with the loss. A setting in words is one column a word: their importances are summed, and the
-    correlation is the last word's."""
+    """How much each parameter that varies moved the loss, by four measures; rows by falling fANOVA.
+    `fANOVA` and `PED-ANOVA` are Optuna's (Hutter et al., ICML 2014; arXiv:2304.10255).
+    `forest` and `correlation` are what W&B's importance panel shows: how much the splits of a random forest's trees on
+    the parameter gain, and the linear correlation with the loss.
+    A setting in words is one column a word: their importances are summed, and the correlation is the last word's."""
     table = table.dropna(subset=[LOSS])
     space = {name: values for name, values in space_of(spec).items() if table[name].nunique() > 1}
     inputs = pd.get_dummies(table[list(space)], prefix_sep="=").astype(float)
@@ -64,12 +64,12 @@ def losses_by_value(table: pd.DataFrame, parameter: str) -> dict[str, pd.Series]
 
 
 def effects(table: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
-    """For each parameter its best and worst value, by how much their mean losses differ, and how sure that is. `n` is
-    how many trials had the rarer of the two values. `low` and `high` bound the difference in 95% of draws of the trials
-    with replacement, and are missing where `n` is below 5, since so few draws are too much alike. `p` is the share of
-    shufflings of the losses that set the means of all values as far apart as they are: a parameter without any effect
-    comes out below 0.05 once in twenty. The two values were picked for being apart, so the difference and its bounds
-    err on the large side, which `p` does not. Numbers from a range count by thirds."""
+    """For each parameter its best and worst value, by how much their mean losses differ, and how sure that is.
+    `n` is how many trials had the rarer of the two values. `low` and `high` bound the difference in 95% of draws of the
+    trials with replacement, and are missing where `n` is below 5, since so few draws are too much alike. `p` is the
+    share of shufflings of the losses that set the means of all values as far apart as they are: a parameter without any
+    effect comes out below 0.05 once in twenty. The two values were picked for being apart, so the difference and its
+    bounds err on the large side, which `p` does not. Numbers from a range count by thirds."""
     table, rows = table.dropna(subset=[LOSS]), []
     for name in parameters:
         groups = {value: losses for value, losses in losses_by_value(table, name).items() if len(losses) > 1}

@@ -65,9 +65,9 @@ def variants(model: Seq2Seq, longest_query: int, compilation: bool) -> dict[str,
 
 @torch.no_grad()
 def textbook_greedy(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
-    """The classic tutorial's greedy search on this project's model, so that both can be timed with equal weights. One
-    query at a time, `max_words` steps whether or not the reply has ended, the attention's keys and a softmax over the
-    vocabulary at each of them. Takes and returns what `greedy` does, except that a row goes on after its EOS."""
+    """The classic tutorial's greedy search on this project's model, so that both can be timed with equal weights.
+    One query at a time, `max_words` steps whether or not the reply has ended, the attention's keys and a softmax over
+    the vocabulary at each of them. Takes and returns what `greedy` does, except that a row goes on after its EOS."""
     rows, decoder = [], model.decoder
     for row, length in zip(query, lengths, strict=True):
         states, hidden = model.encoder(model.embedding(row[None, : int(length)]), length.view(1))
@@ -99,8 +99,8 @@ def answers(search: Search, pairs: Pairs, max_words: int, size: int = 64) -> Ten
 
 @torch.no_grad()
 def parity(model: Seq2Seq, pairs: Pairs, expected: Tensor, found: Tensor) -> dict[str, int]:
-    """How many of two searches' `answers` are identical, tied or different. `tied` are those that first differ where
-    the two words' logits lie within 1e-4 of each other."""
+    """How many of two searches' `answers` are identical, tied or different.
+    `tied` are those that first differ where the two words' logits lie within 1e-4 of each other."""
     counts = {"identical": int((expected == found).all(1).sum()), "tied": 0, "different": 0}
     for row in (expected != found).any(1).nonzero().flatten().tolist():
         first = int((expected[row] != found[row]).nonzero()[0])
@@ -114,10 +114,10 @@ def parity(model: Seq2Seq, pairs: Pairs, expected: Tensor, found: Tensor) -> dic
 
 @torch.no_grad()
 def measure(searches: dict[str, Search], pairs: Pairs, size: int, max_words: int, replies: int) -> dict[str, list]:
-    """Seconds that each search takes for a batch of `size` replies, of at least `replies` replies. The searches take
-    turns of a few calls, so that a slower moment of the machine hits all alike. The first turn does not count, and
-    neither does the first call of any: whoever answers in one way has that way's weights in the processor's cache, not
-    those of the way before. The device is synchronised before each look at the clock."""
+    """Seconds that each search takes for a batch of `size` replies, of at least `replies` replies.
+    The searches take turns of a few calls, so that a slower moment of the machine hits all alike. The first turn does
+    not count, and neither does the first call of any: whoever answers in one way has that way's weights in the
+    processor's cache, not those of the way before. The device is synchronised before each look at the clock."""
     device, taken = pairs.queries.device, {name: [] for name in searches}
     for start in range(-TURN, max(-(-replies // size), CALLS), TURN):
         chosen = [
@@ -142,10 +142,10 @@ class Subject(NamedTuple):
 
 
 def table(subject: Subject, sizes: list[int], queries: int, replies: int, compilation: bool) -> tuple[list, dict]:
-    """The rows of one model, a variant and batch size each, and why the variants that are left out are. A variant is
-    compared with eager on the first `queries` of `test` at each size; only one that passes is timed. Exact ones must
-    not differ but by ties. Lossy ones must keep the perplexity over all of `test` within 1% and give 90% of the replies
-    unchanged. Milliseconds are per reply: a call's time divided by the batch size."""
+    """The rows of one model, a variant and batch size each, and why the variants that are left out are.
+    A variant is compared with eager on the first `queries` of `test` at each size; only one that passes is timed. Exact
+    ones must not differ but by ties. Lossy ones must keep the perplexity over all of `test` within 1% and give 90% of
+    the replies unchanged. Milliseconds are per reply: a call's time divided by the batch size."""
     name, model, test, max_words = subject
     subset, left_out, rows, searches, expected = test.first(queries), {}, [], {}, {}
     true_perplexity = evaluate(model, test).perplexity
@@ -195,9 +195,9 @@ def table(subject: Subject, sizes: list[int], queries: int, replies: int, compil
 def report(
     run: Run, device: torch.device, sizes: list[int], queries: int, replies: int, full: bool, *others: Subject
 ) -> dict:
-    """The table of a run's model, and of others beside it, kept in its latency.csv; `full` adds what compiles. Returns
-    plain data: rows, what is left out and why, and the machine. Raises UserError if the run's checkpoint has another
-    vocabulary than its data."""
+    """The table of a run's model, and of others beside it, kept in its latency.csv; `full` adds what compiles.
+    Returns plain data: rows, what is left out and why, and the machine.
+    Raises UserError if the run's checkpoint has another vocabulary than its data."""
     model, vocabulary, settings = load_model(run.checkpoint, device)
     data = Prepared.load(run.data)
     if vocabulary.words != data.vocabulary.words:
@@ -214,8 +214,8 @@ def report(
 
 
 def as_table(rows: list[dict]) -> pd.DataFrame:
-    """The rows for reading: parity as identical/compared, a variant that failed it without times. `wait ms` is the
-    median of a whole call, which is what whoever asks waits for."""
+    """The rows for reading: parity as identical/compared, a variant that failed it without times.
+    `wait ms` is the median of a whole call, which is what whoever asks waits for."""
     table = pd.DataFrame(rows).astype({"parity": object})
     for number, row in enumerate(rows):
         others = "".join(f", {row[kind]} {kind}" for kind in ("tied", "different") if row[kind])

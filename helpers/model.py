@@ -29,9 +29,9 @@ class State(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A bidirectional GRU over the packed query. The two directions' outputs are summed. Each layer's two final states
-    are bridged into the decoder's state of that layer, tanh(W [forward; backward] + b), as in the appendix of
-    arXiv:1409.0473 and for both directions."""
+    """A bidirectional GRU over the packed query.
+    The two directions' outputs are summed. Each layer's two final states are bridged into the decoder's state of that
+    layer, tanh(W [forward; backward] + b), as in the appendix of arXiv:1409.0473 and for both directions."""
 
     def __init__(self, embedding_size: int, hidden_size: int, layers: int, dropout: float) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ class Encoder(nn.Module):
         self.bridges = nn.ModuleList([nn.Linear(2 * hidden_size, hidden_size) for _ in range(layers)])
 
     def forward(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """embedded (batch, time, embedding), lengths (batch,) on the CPU, each at least 1. Returns outputs (batch,
-        time, hidden), zero at padding, and hidden (layers, batch, hidden)."""
+        """embedded (batch, time, embedding), lengths (batch,) on the CPU, each at least 1.
+        Returns outputs (batch, time, hidden), zero at padding, and hidden (layers, batch, hidden)."""
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         packed_outputs, h_n = self.gru(packed)
         outputs, _ = pad_packed_sequence(packed_outputs, batch_first=True, total_length=embedded.size(1))
@@ -54,9 +54,9 @@ class Encoder(nn.Module):
 
 
 class LuongAttention(nn.Module):
-    """Global attention of Luong et al., arXiv:1508.04025, section 3.1: equation 7 and the scores below it. score(h_t,
-    h̄_s) is h_tᵀ h̄_s (`dot`), h_tᵀ W_a h̄_s (`general`) or v_aᵀ tanh(W_a [h_t; h̄_s]) (`concat`). The part that
-    depends on h̄_s alone, W_a h̄_s, is computed once per query: `keys`."""
+    """Global attention of Luong et al., arXiv:1508.04025, section 3.1: equation 7 and the scores below it.
+    score(h_t, h̄_s) is h_tᵀ h̄_s (`dot`), h_tᵀ W_a h̄_s (`general`) or v_aᵀ tanh(W_a [h_t; h̄_s]) (`concat`).
+    The part that depends on h̄_s alone, W_a h̄_s, is computed once per query: `keys`."""
 
     def __init__(self, score: str, hidden_size: int) -> None:
         super().__init__()
@@ -85,9 +85,9 @@ class LuongAttention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A GRU whose states attend to the query: h̃_t = tanh(W_c [c_t; h_t]), equation 5 of arXiv:1508.04025. h̃ has the
-    embedding's size, so that the output matrix W_s of equation 6 can be the embedding itself. With `input_feeding`
-    (section 3.3 there) h̃_{t-1} joins the input of step t, which forbids whole sequences."""
+    """A GRU whose states attend to the query: h̃_t = tanh(W_c [c_t; h_t]), equation 5 of arXiv:1508.04025.
+    h̃ has the embedding's size, so that the output matrix W_s of equation 6 can be the embedding itself.
+    With `input_feeding` (section 3.3 there) h̃_{t-1} joins the input of step t, which forbids whole sequences."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, embedded: Tensor, state: State, memory: Memory) -> tuple[Tensor, Tensor, State]:
-        """embedded (batch, time, embedding): the words so far, SOS first; any number of steps, also one. Returns h̃
-        (batch, time, embedding), attention weights (batch, time, query time) and the state after them."""
+        """embedded (batch, time, embedding): the words so far, SOS first; any number of steps, also one.
+        Returns h̃ (batch, time, embedding), attention weights (batch, time, query time) and the state after them."""
         if not self.input_feeding:
             outputs, hidden = self.gru(embedded, state.hidden)
             attentional, weights = self.attend(outputs, memory)

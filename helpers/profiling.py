@@ -27,8 +27,8 @@ MOVERS = {"mm", "addmm", "bmm", "baddbmm", "index_select", "cat"}
 
 
 def profiled(work: Callable[[], object], device: torch.device, steps: int = 5, detail: bool = True) -> profile:
-    """Run `work` with a schedule of one step waiting, two warming up and `steps` recorded. `detail` adds shapes, FLOPs
-    and memory, and makes every operator a little slower."""
+    """Run `work` with a schedule of one step waiting, two warming up and `steps` recorded.
+    `detail` adds shapes, FLOPs and memory, and makes every operator a little slower."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     plan = schedule(wait=1, warmup=2, active=steps, repeat=1)
     extras = {"profile_memory": detail, "record_shapes": detail, "with_flops": detail}
@@ -92,10 +92,10 @@ def operator_table(prof: profile, steps: int = 5) -> pd.DataFrame:
 
 def part_table(prof: profile, steps: int = 5) -> pd.DataFrame:
     """Per part of the model and step: operator calls, milliseconds (of them in Python, between operators), GFLOP and
-    megabytes moved. An operator counts for the innermost part around it. GFLOP are the profiler's own count (matrix
-    products and the like). Megabytes are what operators read and write if nothing stays in a cache: the size of their
-    inputs, taken as 4 bytes a number, and what they allocate. Of a table that it looks rows up in, an operator reads
-    these rows alone."""
+    megabytes moved.
+    An operator counts for the innermost part around it. GFLOP are the profiler's own count (matrix products and the
+    like). Megabytes are what operators read and write if nothing stays in a cache: the size of their inputs, taken as 4
+    bytes a number, and what they allocate. Of a table that it looks rows up in, an operator reads these rows alone."""
     events = [event for event in prof.events() if event.device_type == DeviceType.CPU]
     main = {event.thread for event in events if event.name.startswith("ProfilerStep")}
     rows = []
@@ -151,11 +151,11 @@ def machine_peaks(device: torch.device, dtype: torch.dtype = torch.float32) -> d
 
 
 def bounds(quick: pd.DataFrame, detailed: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
-    """What limits each part: what needs most of its time, its FLOPs, its bytes or its calls. `quick` is the part table
-    of a profile without detail, whose times are close to the real ones. compute and memory are the times needed at the
-    machine's peaks, as shares of the time taken (above 1, bytes came from a cache); overhead is the time of the calls
-    at the price of the smallest, and of Python between them. The three are estimates and overlap; where all are below
-    0.2, nothing is called the bound."""
+    """What limits each part: what needs most of its time, its FLOPs, its bytes or its calls.
+    `quick` is the part table of a profile without detail, whose times are close to the real ones. compute and memory
+    are the times needed at the machine's peaks, as shares of the time taken (above 1, bytes came from a cache);
+    overhead is the time of the calls at the price of the smallest, and of Python between them.
+    The three are estimates and overlap; where all are below 0.2, nothing is called the bound."""
     time = "GPU ms" if "GPU ms" in quick else "ms"
     table = pd.DataFrame({"ms": quick[time], "calls": detailed["calls"]})
     table["GFLOP/s"], table["GB/s"] = detailed["GFLOP"] / quick[time] * 1e3, detailed["MB"] / quick[time]

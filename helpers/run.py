@@ -99,8 +99,8 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training into this folder. The lock of a dead process is free. Raises UserError
-        that names the process which holds it."""
+        """Keep other processes from training into this folder.
+        The lock of a dead process is free. Raises UserError that names the process which holds it."""
         path = self.folder / ".lock"
         with _writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -187,9 +187,9 @@ def no_garbage_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its place, whole and on disk, only when the block has ended well. What a killed process leaves
-    half-written goes when the folder is next locked. Raises UserError if it cannot be written (disk full, read-only
-    folder); the old file then stays as it was."""
+    """A file that takes its place, whole and on disk, only when the block has ended well.
+    What a killed process leaves half-written goes when the folder is next locked.
+    Raises UserError if it cannot be written (disk full, read-only folder); the old file then stays as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
         try:
@@ -233,9 +233,9 @@ def write_tensors(path: Path, version: int, state: dict) -> None:
 
 
 def read_tensors(path: Path, version: int, maker: str) -> dict:
-    """What `write_tensors` wrote, on the CPU. Nothing but tensors and plain values is unpickled: no code can run.
-    Raises UserError that names what makes the file if it is missing, damaged, of another version of the format, or
-    holds anything else or more than its size."""
+    """What `write_tensors` wrote, on the CPU.
+    Nothing but tensors and plain values is unpickled: no code can run. Raises UserError that names what makes the file
+    if it is missing, damaged, of another version of the format, or holds anything else or more than its size."""
     require(path, maker)
     remedy = f"Use another one, or move it away and let {maker} make it again."
     with user_errors(f"{display_path(path)} cannot be loaded", remedy, Exception):  # torch.load raises many kinds

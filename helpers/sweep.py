@@ -109,9 +109,9 @@ def pruner(spec: dict) -> optuna.pruners.BasePruner:
 
 
 def planned(spec: dict, trials: int, seed: int) -> list[dict]:
-    """The parameters of each trial as far as they are known beforehand: two workers never draw, they only take. Random
-    search tries nothing twice; a space with fewer combinations than `trials` gives them all. For `bayes` the plan is a
-    list of empty places."""
+    """The parameters of each trial as far as they are known beforehand: two workers never draw, they only take.
+    Random search tries nothing twice; a space with fewer combinations than `trials` gives them all.
+    For `bayes` the plan is a list of empty places."""
     space = space_of(spec)
     if spec["method"] == "bayes":
         return [{}] * trials
@@ -130,9 +130,9 @@ def planned(spec: dict, trials: int, seed: int) -> list[dict]:
 
 
 def open_study(run: Run, name: str, storage: str = "", create: bool = False) -> optuna.Study:
-    """A sweep by its id, in the SQLite file of the run's folder or in a database by its URL (`postgresql://…`). With
-    `create` it is made if it is not there. Raises UserError, which shows nothing of a URL that may be secret, if it
-    cannot be opened."""
+    """A sweep by its id, in the SQLite file of the run's folder or in a database by its URL (`postgresql://…`).
+    With `create` it is made if it is not there.
+    Raises UserError, which shows nothing of a URL that may be secret, if it cannot be opened."""
     file = run.sweep / "sweep.db"
     if not storage and not create:
         require(file, "'make sweep'")
@@ -159,10 +159,10 @@ def run_sweep(
     run: Run, prepared: Prepared, base: Settings, spec: dict, trials: int, tracking: str = "offline",
     *, storage: str = "", device: torch.device = CPU,
 ) -> optuna.Study:  # fmt: skip
-    """Run the sweep of a file until `trials` trials are done, and return its study. The sweep's id is its name and a
-    digest of all that its losses depend on: file, settings, data. So the same call goes on where an earlier one
-    stopped, joins one that is still running, here or on another machine that uses the same `storage`, and trials that
-    cannot be compared never meet."""
+    """Run the sweep of a file until `trials` trials are done, and return its study.
+    The sweep's id is its name and a digest of all that its losses depend on: file, settings, data.
+    So the same call goes on where an earlier one stopped, joins one that is still running, here or on another machine
+    that uses the same `storage`, and trials that cannot be compared never meet."""
     inputs = json.dumps({key: spec.get(key) for key in ("method", "parameters", "early_terminate")})
     name = f"{spec.get('name', 'sweep')}-{digest(inputs, training_digest(base, prepared))[:6]}"
     study, data = open_study(run, name, storage, create=True), Run(run.sweep / name).data
@@ -288,8 +288,8 @@ def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device) ->
 
 
 def trial_table(study: optuna.Study) -> pd.DataFrame:
-    """One row per trial: number, settings, loss, seconds, worker, state; the best first. Raises UserError if none has
-    finished."""
+    """One row per trial: number, settings, loss, seconds, worker, state; the best first.
+    Raises UserError if none has finished."""
     trials = [trial for trial in study.trials if "worker" in trial.user_attrs]
     if not any(trial.state == TrialState.COMPLETE for trial in trials):
         raise UserError("No trial of this sweep has finished; look at the messages above for the reason.")

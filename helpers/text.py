@@ -1,5 +1,6 @@
 """Text to words and back: tokenise, spell, and the vocabulary."""
 
+import itertools
 import json
 import re
 import unicodedata
@@ -83,8 +84,7 @@ class Vocabulary:
 
     def encode(self, words: Iterable[str]) -> list[int]:
         """Ids of the words; a word that is not in the vocabulary becomes UNK. No SOS or EOS is added."""
-        known = self.ids.get
-        return [known(word, UNK) for word in words]
+        return list(map(self.ids.get, words, itertools.repeat(UNK)))
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Words of the ids up to the first EOS, without PAD and SOS."""

@@ -88,8 +88,8 @@ class Checkpoint:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Seq2Seq, Vocabulary, Settings]:
-    """The model with the best validation loss, ready to answer, with its vocabulary and settings. Raises UserError if
-    the file is missing, damaged, or does not fit its own settings."""
+    """The model with the best validation loss, ready to answer, with its vocabulary and settings.
+    Raises UserError if the file is missing, damaged, or does not fit its own settings."""
     state = Checkpoint.load(path)
     kinds = (UserError, RuntimeError, TypeError, KeyError, AttributeError)
     with user_errors(f"{display_path(path)} does not fit its own settings", "Use another one.", *kinds):
@@ -105,8 +105,8 @@ def load_model(path: Path, device: torch.device) -> tuple[Seq2Seq, Vocabulary, S
 
 
 def new_optimizer(model: Seq2Seq, settings: Settings) -> torch.optim.Optimizer:
-    """One optimiser; the decoder's own parameters learn `decoder_learning_ratio` times as fast. A parameter belongs to
-    one group only: the embedding, which both sides use, to the first."""
+    """One optimiser; the decoder's own parameters learn `decoder_learning_ratio` times as fast.
+    A parameter belongs to one group only: the embedding, which both sides use, to the first."""
     slow = [*model.embedding.parameters(), *model.encoder.parameters()]
     known = {id(parameter) for parameter in slow}
     fast = [parameter for parameter in model.parameters() if id(parameter) not in known]
@@ -150,9 +150,9 @@ class Trainer:
 
     def step(self, pairs: Pairs, indices: Tensor, update: int) -> dict[str, float]:
         """One step of the optimiser on the examples `indices`; returns loss, gradient norm, learning rate and tokens.
-        All random numbers are a function of the seed and the update (counted from 0), so none need saving. Of several
-        processes each takes every so-many-th example. Raises FloatingPointError, before the optimiser's step, if loss
-        or gradient is not finite."""
+        All random numbers are a function of the seed and the update (counted from 0), so none need saving.
+        Of several processes each takes every so-many-th example.
+        Raises FloatingPointError, before the optimiser's step, if loss or gradient is not finite."""
         settings, (rank, world) = self.settings, ranks()
         torch.manual_seed(settings.seed * 1_000_003 + update + (rank << 48))
         teacher_forcing = random.Random(f"{settings.seed} {update}").random() < settings.teacher_forcing_ratio

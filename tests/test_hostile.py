@@ -36,7 +36,7 @@ from tests.test_corpus import as_convokit, as_zip, write
 
 FILES = 10_000 if SOAK else 300  # mutated corpora
 CHAT_LINES = 10_000 if SOAK else 300
-PIPE_LINES = 100_000 if SOAK else 3_000
+PIPE_LINES = 100_000 if SOAK else 1_500
 CHECKPOINTS = 1_000 if SOAK else 60
 SECONDS = 5  # that one input may take
 PEAK = "int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024"  # megabytes

@@ -47,7 +47,9 @@ def page(path: Path) -> str:
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", with_mathml(cell.source))
             cell.source = with_pictures(cell.source)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
-    return exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})[0]
+    html = exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})[0]
+    # nbconvert's style gives code that is an output the font of prose.
+    return html.replace("</head>", "<style>.highlight pre, .highlight code { font-family: monospace }</style></head>", 1)
 
 
 def main() -> int:
