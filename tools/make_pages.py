@@ -48,8 +48,9 @@ def page(path: Path) -> str:
             cell.source = with_pictures(cell.source)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
     html = exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})[0]
-    # nbconvert's style gives code that is an output the font of prose.
-    return html.replace("</head>", "<style>.highlight pre, .highlight code { font-family: monospace }</style></head>", 1)
+    # nbconvert's style gives code that is an output the font of prose, in which 120 characters are too wide.
+    style = "<style>.jp-RenderedMarkdown .highlight pre { font: 12px/1.4 monospace }</style>"
+    return html.replace("</head>", f"{style}</head>", 1)
 
 
 def main() -> int:
