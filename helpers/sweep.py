@@ -69,6 +69,8 @@ def read_sweep(path: Path) -> dict:
     """A W&B sweep file, checked against what can be served here and what the settings have. Raises UserError."""
     spec = read_yaml(path, f"The sweep file {display_path(path)}")
     try:
+        if not isinstance(spec, dict):
+            raise UserError("it must hold 'method', 'metric' and 'parameters', as a W&B sweep does.")
         with valid("key", list(Sweep.model_fields)):
             Sweep.model_validate(spec)
         if spec["metric"] not in ({"name": "validation_loss"}, {"name": "validation_loss", "goal": "minimize"}):

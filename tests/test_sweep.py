@@ -65,7 +65,7 @@ def test_the_series_own_files_are_valid_and_have_the_classic_space():
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("[]", "dictionary"),
+        ("[]", "parameters"),
         ("a: [", "cannot be read as YAML"),
         (RATES.replace("random", "magic"), "magic"),
         (RATES.replace("validation_loss", "accuracy"), "validation_loss"),
