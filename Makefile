@@ -23,7 +23,7 @@ endif
 ifeq ($(VENV),)
 PY := $(PYTHON)
 INSTALLED :=
-export PYTHONPATH := $(ROOT)
+export PYTHONPATH := $(ROOT)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(ROOT)$(VENV)/bin/python
 INSTALLED := $(ROOT)$(VENV)/.installed
@@ -33,6 +33,7 @@ endif
 export IPYTHONDIR := $(ROOT)runs/.ipython
 KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
 export WANDB_SILENT := true
+export TORCH_CPP_LOG_LEVEL := ERROR
 
 # The C library (glibc) keeps freed memory for the next tensors, in place of giving it back to the system, which hands
 # it out again page by page: thousands of page faults in every training step.
@@ -51,13 +52,17 @@ STAMP := $(FOLDER)/.settings
 EXECUTE := $(PY) $(ROOT)tools/run_notebook.py
 PARAMETERS := -p run '$(RUN)' -p corpus '$(SOURCE)' -p profile '$(PROFILE)' -p device '$(DEVICE)' $(PARAMS)
 
+# `make gpu` takes at most so many seconds and writes here; what CUDA gave is copied to results/, finished or not.
+BUDGET ?= 530
+OUT ?= runs/gpu
+
 # A sweep has a run of its own, runs/sweep, and a profile for short trials, unless others are named.
 SPACE ?= sweep
 SWEEP_FOLDER := $(ROOT)runs/$(if $(filter file,$(origin RUN)),sweep,$(RUN))
 SWEEP_DATA := --run '$(SWEEP_FOLDER)' --device $(DEVICE) --corpus '$(SOURCE)' \
     --profile '$(if $(filter file,$(origin PROFILE)),sweep,$(PROFILE))' $(STORAGE:%=--storage '%') $(WANDB:%=--wandb %)
 
-.PHONY: help run-all test lint unit check soak sweep sweep-worker sweep-best profile latency bench compare images wheelhouse lab html outputs FORCE
+.PHONY: help run-all test lint unit check soak sweep sweep-worker sweep-best profile latency bench gpu compare images wheelhouse lab html outputs FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -110,7 +115,7 @@ check: run-all | $(INSTALLED) $(KERNEL)
 	@cd $(ROOT) && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && cp -r '$(FOLDER)' "$$copy/sample" && \
 	    CHATBOT_RUNS="$$copy" $(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	    --nbval-cell-timeout 900 -p no:cacheprovider notebooks && \
-	    CHATBOT_RUNS="$$copy" $(PY) -m pytest tests/check_run.py tests/check_browser.py
+	    CHATBOT_RUNS="$$copy" $(PY) -m pytest tests/check_run.py tests/check_browser.py tests/check_gpu.py
 
 # The same tests of faults as in `make unit`, at their full length, printing what they counted.
 soak: | $(INSTALLED) ## the long series: kills and resumes, mutated files and lines, notebooks mistreated
@@ -143,8 +148,12 @@ images: run-all ## the pictures in images/ and the tables of README, from result
 wheelhouse: | $(INSTALLED) ## all packages as files, for a machine without an index (README says how)
 	@cd $(ROOT) && $(PY) -m pip download -qq --disable-pip-version-check -d wheelhouse -r requirements.txt
 
-bench: | $(INSTALLED) ## this project against the textbook way, side by side: results/bench-DEVICE.json
+bench: | $(INSTALLED) ## this project against the textbook way, side by side: results/bench-MACHINE.json
 	@cd $(ROOT) && $(PY) -m benchmarks.bench --device $(DEVICE) --json results/bench-DEVICE.json
+
+gpu: | $(INSTALLED) ## every CUDA measurement in one call of minutes, in stages: results/*-cuda.json; BUDGET=seconds OUT=folder
+	@cd $(ROOT) && $(PY) -m benchmarks.gpu --device $(if $(filter auto,$(DEVICE)),cuda,$(DEVICE)) --corpus '$(SOURCE)' \
+	    --budget $(BUDGET) --out '$(OUT)'; status=$$?; cp -u '$(OUT)'/*-cuda.json results/ 2>/dev/null; exit $$status
 
 lab: | $(INSTALLED) ## JupyterLab at notebook 01
 	@cd $(ROOT)notebooks && env -u IPYTHONDIR $(PY) -m jupyterlab 01_data_preparation.ipynb

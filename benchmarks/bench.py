@@ -1,6 +1,6 @@
 """This project against the textbook way, side by side in one run: preparing, training, answering.
 
-    python -m benchmarks.bench --device cpu --json results/bench-cpu.json    # what `make bench` calls
+    python -m benchmarks.bench --device cpu --json results/bench-DEVICE.json    # what `make bench` calls
 
 The ways take turns, so that a machine that is busy for a while slows both. Where memory or the C library's settings
 count, in preparing and training, each side works in a process of its own.
@@ -37,10 +37,9 @@ from helpers.batches import Batch, BucketedSampler, Pairs, prepare
 from helpers.corpus import read_corpus
 from helpers.decoding import greedy
 from helpers.evaluation import evaluate
-from helpers.latency import textbook_greedy
 from helpers.model import Seq2Seq, new_model
 from helpers.profiling import machine_peaks
-from helpers.run import choose_device, machine, seconds, write_json
+from helpers.run import choose_device, machine, products, result_path, seconds, write_json
 from helpers.settings import Settings, UserError, load_profile
 from helpers.text import PAD, Vocabulary
 
@@ -48,7 +47,7 @@ LINES = (30_000, 304_713, 3_000_000)  # the middle one is the whole Cornell corp
 LINES_PER_EXCHANGE = 1.7234  # of the generated corpus
 WORDS = 7_800  # of the vocabulary that training and decoding are timed with
 LOSS = 1.5  # nats a token, the validation loss that both ways are to reach
-ROUNDS, UPDATES = 5, 8
+ROUNDS, UPDATES = 5, 16  # of which each is on batches of its own
 # What `make` sets for every process of ours: glibc keeps freed memory for the next tensors, in place of giving it back
 # to the system, which hands it out again page by page.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
@@ -82,17 +81,18 @@ def bench(device: torch.device) -> dict:
 def compared(found: dict) -> pd.DataFrame:
     """A row a measurement: both ways' medians, the medians' ratio, the least and greatest ratio of any round, and the
     share of the machine's matrix peak that ours reached."""
-    answered, reached = found["replies"], found["time to a loss"]
-    textbook, shares = found["training"]["textbook"]["tokens"], {}
-    prepared = found["preparation"]
-    pairs = {"corpus lines/s": (prepared["textbook"], prepared["ours"])}
+    answered, reached = found["replies"], found.get("time to a loss")
+    textbook, shares, pairs = found["training"]["textbook"]["tokens"], {}, {}
+    if prepared := found.get("preparation"):
+        pairs = {"corpus lines/s": (prepared["textbook"], prepared["ours"])}
     for way, rates in found["training"].items():
         if way != "textbook":
             name, peak = f"training, {way}: target tokens/s", found["peaks"][f"{way[:4]} GFLOP/s"]
             pairs[name], shares[name] = (textbook, rates["tokens"]), np.median(rates["flops"]) / 1e9 / peak
     pairs |= {f"replies/s, {size}": (answered["textbook"], answered[size]) for size in ("batch 1", "batch 64")}
-    hourly = [[3600 / reached[way]["seconds"]] for way in ("textbook", "ours")]
-    pairs[f"whole trainings an hour to loss {LOSS}"] = tuple(hourly)
+    if reached:
+        hourly = [[3600 / reached[way]["seconds"]] for way in ("textbook", "ours")]
+        pairs[f"whole trainings an hour to loss {LOSS}"] = tuple(hourly)
     rows = []
     for name, (theirs, ours) in pairs.items():
         ratios, medians = np.divide(ours, theirs), (np.median(theirs), np.median(ours))
@@ -105,8 +105,12 @@ def compared(found: dict) -> pd.DataFrame:
 
 def peaks(device: torch.device) -> dict[str, float]:
     """The machine's limits: the best of several large matrix products in both precisions, and of large copies."""
-    full, half = (machine_peaks(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    return {"fp32 GFLOP/s": full["GFLOP/s"], "bf16 GFLOP/s": half["GFLOP/s"], "copy GB/s": full["GB/s"]}
+    found = {}
+    for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
+        with products(precision):
+            peak = machine_peaks(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        found[f"{precision} GFLOP/s"] = peak["GFLOP/s"]
+    return found | {"copy GB/s": peak["GB/s"]}
 
 
 def scale(folder: Path) -> list[dict]:
@@ -137,13 +141,13 @@ def updates(device: torch.device) -> dict:
     """Target tokens and floating-point operations (of matrix products) a second, round by round, of all ways."""
     found = {name: {"tokens": [], "flops": []} for name in ("textbook", "fp32", "bf16", *WITHOUT)}
     with _process("textbook") as theirs, _process("ours") as ours:
-        for _ in range(ROUNDS + 1):
+        for _ in range(ROUNDS):
             for name, values in found.items():
                 pool = theirs if name == "textbook" else ours
                 tokens, flops = pool.apply(_train, (name, device))
                 values["tokens"].append(tokens)
                 values["flops"].append(flops)
-    return {name: {key: rates[1:] for key, rates in values.items()} for name, values in found.items()}
+    return found
 
 
 def replies(device: torch.device) -> dict[str, list[float]]:
@@ -154,7 +158,7 @@ def replies(device: torch.device) -> dict[str, list[float]]:
     batch = pairs.to(device).batch(torch.arange(64))
     one = [(batch.query[i : i + 1, : int(n)], n.view(1)) for i, n in enumerate(batch.query_lengths)]
     ways: dict[str, Callable] = {
-        "textbook": lambda: textbook_greedy(model, batch.query, batch.query_lengths, 10),
+        "textbook": lambda: textbook.textbook_greedy(model, batch.query, batch.query_lengths, 10),
         "batch 1": lambda: [greedy(model, query, length, 10) for query, length in one],
         "batch 64": lambda: greedy(model, batch.query, batch.query_lengths, 10),
     }
@@ -197,62 +201,67 @@ def made_up_dialogue(examples: int = 6400) -> tuple[Pairs, list[textbook.Pair], 
     return Pairs.from_words(pairs, vocabulary), [[" ".join(q), " ".join(r)] for q, r in pairs], vocabulary
 
 
-def stepwise_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
+def stepwise_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, Tensor]:
     """The same as `batch_loss`, from one decoding step after another."""
     memory, state = model.encode(batch.query, batch.query_lengths)
     losses = []
     for words, targets in zip(batch.inputs.unbind(1), batch.targets.unbind(1), strict=True):
         logits, state = model.step(words, state, memory)
         losses.append(functional.cross_entropy(logits.float(), targets, ignore_index=PAD, reduction="sum"))
-    return torch.stack(losses).sum(), int(batch.target_mask.sum())
+    return torch.stack(losses).sum(), (batch.targets != PAD).sum()
 
 
 class _Worker:
-    """What a process of `updates` keeps between rounds: models, optimisers and the next batches."""
+    """What a process of `updates` keeps between rounds: models, optimisers and batches.
 
-    def __init__(self, device: torch.device) -> None:
+    A way is `textbook`, or a precision and what else there is to say: `bf16, graphs, batch 512`.
+    """
+
+    def __init__(self, device: torch.device, examples: int = 6400) -> None:
         seed()
-        self.device, self.settings = device, load_profile("classic")
-        self.pairs, self.texts, self.vocabulary = made_up_dialogue()
-        self.pairs = self.pairs.to(device)
-        self.models: dict[str, tuple] = {}
+        pairs, self.texts, self.vocabulary = made_up_dialogue(examples)
+        self.device = device
+        self.pairs = {where: pairs.to(where) for where in {device, torch.device("cpu")}}
+        self.updates: dict[str, Callable[[], int]] = {}
         self.flops: dict[str, float] = {}  # of a target token
 
     def train(self, way: str) -> tuple[float, float]:
-        """Some updates on batches of 64, drawn at random by the textbook and by length by us."""
-        update = self.textbook if way == "textbook" else self.own
-        if way not in self.flops:
-            with FlopCounterMode(display=False) as counter:
-                tokens = update(way)
-            self.flops[way] = counter.get_total_flops() / tokens
-        tokens = 0
+        """Some updates: target tokens and floating-point operations a second."""
+        if way not in self.updates:
+            kind = re.sub(r"^(tf32|bf16)", "fp32", re.sub(r", (graphs|batch \d+)", "", way))
+            if kind not in self.flops:  # counted on the CPU, where the GRUs' products can be seen
+                with FlopCounterMode(display=False) as counter:
+                    tokens = self.update_of(kind, torch.device("cpu"))()
+                self.flops[way] = self.flops[kind] = counter.get_total_flops() / tokens
+            self.flops[way], self.updates[way] = self.flops[kind], self.update_of(way, self.device)
+            for _ in range(
+                UPDATES * (3 if "graphs" in way else 1)
+            ):  # each shape is seen, and where it is said recorded
+                self.updates[way]()
+        tokens = []
+        taken = seconds(lambda: tokens.extend(self.updates[way]() for _ in range(UPDATES)), self.device)
+        return sum(tokens) / taken, sum(tokens) * self.flops[way] / taken
 
-        def work() -> None:
-            nonlocal tokens
-            for _ in range(UPDATES):
-                tokens += update(way)
-
-        taken = seconds(work, self.device)
-        return tokens / taken, tokens * self.flops[way] / taken
-
-    def textbook(self, way: str) -> int:
-        if way not in self.models:
-            self.models[way] = textbook.StepwiseTrainer(self.vocabulary.ids, self.device)
-        return self.models[way].train([random.choice(self.texts) for _ in range(64)])[1]
-
-    def own(self, way: str) -> int:
-        if way not in self.models:
-            trainer = training.Trainer(
-                new_model(self.settings, len(self.vocabulary)).to(self.device).train(), self.settings, way[:4]
-            )
-            order = BucketedSampler(self.pairs, 64, 1).from_update(0)
-            if "random" in way:
-                order = (torch.randint(len(self.pairs), (64,)) for _ in itertools.count())
-            self.models[way] = trainer, order
-        trainer, order = self.models[way]
+    def update_of(self, way: str, device: torch.device) -> Callable[[], int]:
+        """A new model's update, which returns its target tokens: on random batches of 64 texts by the textbook, by us
+        on `UPDATES` batches of similar length in turn."""
+        if way == "textbook":
+            trainer = textbook.StepwiseTrainer(self.vocabulary.ids, device)
+            return lambda: trainer.train([random.choice(self.texts) for _ in range(64)])[1]
+        settings, pairs = load_profile("classic").change(cuda_graphs="graphs" in way), self.pairs[device]
+        size = int(way.rpartition("batch ")[2]) if "batch " in way else 64
+        trainer = training.Trainer(new_model(settings, len(self.vocabulary)).to(device).train(), settings, way[:4])
+        batches = list(itertools.islice(BucketedSampler(pairs, size, 1).from_update(0), UPDATES))
+        if "random" in way:
+            batches = [torch.randint(len(pairs), (size,)) for _ in range(UPDATES)]
+        order = itertools.cycle(batches)
         loss = stepwise_loss if "step by step" in way else training.batch_loss
-        with unittest.mock.patch("helpers.training.batch_loss", loss):
-            return trainer.step(self.pairs, next(order), 0)["tokens"]
+
+        def update() -> int:
+            with unittest.mock.patch("helpers.training.batch_loss", loss):
+                return trainer.launch(pairs, next(order), 0).facts["tokens"]
+
+        return update
 
 
 _worker: _Worker | None = None
@@ -282,7 +291,7 @@ def _reach(way: str, source: Path, device: torch.device) -> tuple[float, int]:
     if way == "ours":
         train, validation = train.to(device), validation.to(device)
         model = new_model(settings, len(words)).to(device)
-        trainer = training.Trainer(model, settings, training.choose_precision("auto", device))
+        trainer = training.Trainer(model, settings, training.choose_precision(model, settings, train))
         order = BucketedSampler(train, 64, 1).from_update(0)
 
         def step(update: int) -> None:
@@ -356,7 +365,7 @@ def main() -> int:
         device = choose_device(options.device)
         found = bench(device)
         if options.json:
-            write_json(Path(str(options.json).replace("DEVICE", device.type)), found)
+            write_json(Path(str(options.json).replace("DEVICE", result_path("", found["machine"]).stem[1:])), found)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

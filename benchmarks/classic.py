@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.textbook import textbook_greedy
 from helpers.batches import BucketedSampler, Pairs, Prepared
 from helpers.latency import Subject
 from helpers.model import new_model
@@ -37,4 +38,4 @@ def classic(data: Prepared, device: torch.device) -> Subject:
         for update in range(UPDATES):
             trainer.step(train, next(batches), update)
     name = f"classic: {CLASSIC.hidden_size} hidden, {CLASSIC.layers} layers, {WORDS:,} words"
-    return Subject(name, model.eval().requires_grad_(False), ten_words(data.splits["test"]), REPLY)
+    return Subject(name, model.eval().requires_grad_(False), ten_words(data.splits["test"]), REPLY, textbook_greedy)

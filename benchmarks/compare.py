@@ -9,18 +9,21 @@ Trains into runs/compare-NAME-PROFILE (what is there already is gone on from), s
 import argparse
 import dataclasses
 import json
+import math
 import sys
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from helpers.batches import Pairs, Prepared, prepare
 from helpers.chat import Chatbot
 from helpers.corpus import read_corpus
 from helpers.decoding import mutual_information
 from helpers.evaluation import (
-    choice_accuracy,
     commonest_reply,
     evaluate,
     log_probability,
@@ -42,6 +45,30 @@ I don't believe you.|Where is my wife?|Get out of my house!|Did you see the doct
 You look beautiful tonight.|What do you want from me?|Are you married?|Give me the gun.|Do you like music?|
 How old are you?|I'm hungry.|Who are you talking about?|We have to go now.|Is he dead?|Tell me a story.|
 What are you afraid of?|Good night."""
+
+
+def unigram_perplexity(training: Counter[str], responses: list[list[str]]) -> float:
+    """Perplexity of a model that knows only how often each word (EOS included) occurs; counts + 1 for new ones.
+    `training` counts response words with their EOS; `responses` carry their EOS too. Learning must beat this."""
+    types, total = len(training) + 1, sum(training.values())
+    words = [word for response in responses for word in response]
+    nll = -sum(math.log((training[word] + 1) / (total + types)) for word in words)
+    return math.exp(nll / len(words))
+
+
+@torch.no_grad()
+def choice_accuracy(score: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: Pairs, others: int = 9) -> float:
+    """How often score(query, lengths, replies) ranks the true response above `others` taken from other queries.
+    The others are drawn by a fixed seed; guessing gives 1 / (1 + others)."""
+    randomness, right = torch.Generator().manual_seed(0), 0
+    for rows in torch.arange(len(pairs)).split(64):
+        shifts = torch.randint(1, len(pairs), (len(rows), others), generator=randomness)
+        chosen = torch.cat([rows.unsqueeze(1), (rows.unsqueeze(1) + shifts) % len(pairs)], 1).flatten()
+        replies = pairs.responses[chosen.to(pairs.responses.device)].long()
+        batch = pairs.batch(rows.repeat_interleave(1 + others))
+        scores = score(batch.query, batch.query_lengths, replies).view(len(rows), -1)
+        right += int((scores[:, 0] >= scores.max(1).values).sum())
+    return right / len(pairs)
 
 
 def train(profile: str, corpus, name: str, device: torch.device) -> tuple[Run, Prepared, Chatbot]:

@@ -6,21 +6,79 @@ python -m benchmarks.sweep_report ID --run runs/sweep --results results/sweep-ex
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
 import optuna
 import pandas as pd
 import torch
+from scipy import stats
 
 from helpers.batches import Prepared
 from helpers.evaluation import evaluate
-from helpers.importance import effects, importance, importance_intervals
+from helpers.importance import importance, losses_by_value, shares_of
 from helpers.model import new_model
 from helpers.run import Run, choose_device, machine, write_json, write_text
 from helpers.settings import Settings, UserError
-from helpers.sweep import LOSS, best_settings, open_study, seeds_table, trial_table
+from helpers.sweep import LOSS, best_settings, open_study, space_of, train_trial, trial_table
+
+
+def seeds_table(
+    run: Run, prepared: Prepared, choices: dict[str, Settings], seeds: int, device: torch.device
+) -> pd.DataFrame:
+    """The validation loss of several settings at equal updates, each trained with `seeds` seeds that none of them has:
+    with the sweep's own, the best trial would only show once more what it was picked for."""
+    rows, first = [], max(settings.seed for settings in choices.values()) + 1
+    for seed, (name, settings) in itertools.product(range(first, first + seeds), choices.items()):
+        folder = Run(run.sweep / "seeds" / f"{name.replace(' ', '-')}-{seed}")
+        loss = train_trial(folder, prepared, settings.change(seed=seed), device, lambda row: None)
+        rows.append({"settings": name, "seed": seed, "updates": settings.updates, LOSS: loss})
+    return pd.DataFrame(rows)
+
+
+def importance_intervals(table: pd.DataFrame, spec: dict, draws: int) -> pd.DataFrame:
+    """The 5th and 95th percentile of fANOVA's shares when the trials are drawn again with replacement."""
+    table, shares = table.dropna(subset=[LOSS]), []
+    for draw in range(draws):
+        again = table.sample(frac=1, replace=True, random_state=draw)
+        measure = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=draw)
+        shares.append(shares_of(again, space_of(spec), measure))
+    return pd.DataFrame(shares).fillna(0).quantile([0.05, 0.95]).T.set_axis(["low", "high"], axis=1)
+
+
+def effects(table: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
+    """For each parameter its best and worst value, by how much their mean losses differ, and how sure that is.
+    `n` is how many trials had the rarer of the two values. `low` and `high` bound the difference in 95% of draws of the
+    trials with replacement, and are missing where `n` is below 5, since so few draws are too much alike. `p` is the
+    share of shufflings of the losses that set the means of all values as far apart as they are: a parameter without any
+    effect comes out below 0.05 once in twenty. The two values were picked for being apart, so the difference and its
+    bounds err on the large side, which `p` does not. Numbers from a range count by thirds."""
+    table, rows = table.dropna(subset=[LOSS]), []
+    for name in parameters:
+        groups = {value: losses for value, losses in losses_by_value(table, name).items() if len(losses) > 1}
+        if len(groups) < 2:
+            continue
+        best, worst = (pick(groups, key=lambda value: groups[value].mean()) for pick in (min, max))
+        pair = (groups[worst].to_numpy(), groups[best].to_numpy())
+        bounds, fewest = (math.nan, math.nan), min(map(len, pair))
+        if fewest >= 5:  # resampling fewer tells nothing
+            apart = lambda a, b, axis: a.mean(axis) - b.mean(axis)  # noqa: E731
+            bounds = stats.bootstrap(pair, apart, method="percentile", random_state=0).confidence_interval
+        losses = [losses.to_numpy() for losses in groups.values()]
+        shuffled = stats.permutation_test(losses, _between, alternative="greater", random_state=0, n_resamples=9999)
+        rows.append({
+            "parameter": name, "best": best, "worst": worst, "n": fewest,
+            "difference": pair[0].mean() - pair[1].mean(), "low": bounds[0], "high": bounds[1], "p": shuffled.pvalue,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _between(*groups, axis=-1):
+    """Σ n·mean², which for a fixed total orders shufflings as the F statistic does."""
+    return sum(group.shape[axis] * group.mean(axis=axis) ** 2 for group in groups)
 
 
 def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torch.device) -> None:

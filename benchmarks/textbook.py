@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from helpers.text import EOS, PAD, SOS, SPECIAL
+from helpers.model import Seq2Seq
+from helpers.text import EOS, PAD, SOS, SPECIAL, UNK
 
 Pair = list[str]  # a query and its response, as normalised text
 LAYERS, DROPOUT, CLIP, DECODER_LEARNING_RATIO = 2, 0.1, 50.0, 5.0  # the tutorial's, and teacher forcing always
@@ -165,3 +166,24 @@ class StepwiseTrainer:
             cross_entropy = -torch.log(torch.gather(probabilities, 1, response[step].view(-1, 1)).squeeze(1))
             yield cross_entropy.masked_select(mask[step]).mean(), mask[step].sum().item()
             words = response[step].view(1, -1)
+
+
+@torch.no_grad()
+def textbook_greedy(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
+    """The classic tutorial's greedy search on this project's model, so that both can be timed with equal weights.
+    One query at a time, `max_words` steps whether or not the reply has ended, the attention's keys and a softmax over
+    the vocabulary at each of them. Takes and returns what `greedy` does, except that a row goes on after its EOS."""
+    rows, decoder = [], model.decoder
+    for row, length in zip(query, lengths, strict=True):
+        states, hidden = model.encoder(model.embedding(row[None, : int(length)]), length.view(1))
+        words, reply = query.new_full((1, 1), SOS), query.new_zeros(0)
+        for _ in range(max_words):
+            output, hidden = decoder.recur(model.embedding(words), hidden)
+            weights = torch.softmax(decoder.attention.scores(output, decoder.attention.keys(states)), dim=2)
+            combined = torch.tanh(decoder.combine(torch.cat([weights @ states, output], 2)))
+            probabilities = torch.softmax(model.output(combined.squeeze(1)), dim=1)
+            probabilities[:, [PAD, SOS, UNK]] = 0
+            _, word = torch.max(probabilities, dim=1)
+            reply, words = torch.cat((reply, word)), word.unsqueeze(0)
+        rows.append(reply)
+    return torch.stack(rows)

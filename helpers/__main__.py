@@ -33,11 +33,11 @@ def train(options: argparse.Namespace) -> None:
 
     from helpers.batches import Prepared
     from helpers.tracking import Tracker
-    from helpers.training import checkpoint_to_resume, fit, join_processes, locked, ranks
+    from helpers.training import checkpoint_to_resume, fit, join_processes, ranks
 
     run, device, settings = options.run, join_processes(options.device), _settings(options)
     first, together = ranks()[0] == 0, ranks()[1] > 1
-    with locked(run):
+    with run.locked(first):
         if run.checkpoint.exists() and not (options.resume or options.fresh):
             ways = "--resume to go on from it, --fresh to start over and keep it under another name"
             raise UserError(f"{display_path(run.checkpoint)} exists. Add {ways}, or choose another --run.")

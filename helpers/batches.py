@@ -1,5 +1,6 @@
 """Exchanges to tensors: filters, split, vocabulary, and seeded batches of similar length."""
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -21,21 +22,18 @@ from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 3  # of data.pt
-BUCKET = 50  # batches whose examples are sorted by length together
+BUCKET = 100  # batches whose examples are sorted by length together
+# What batches are padded to, in words: few shapes, each of which libraries prepare for and CUDA graphs record.
+SIZES = [2, 4, 6, 8, 10, 12, *(n * 2**k for k in range(2, 20) for n in (4, 5, 6))]
 
 
 class Batch(NamedTuple):
     """A batch of exchanges as ids, padded with PAD, on one device."""
 
     query: Tensor  # (batch, query time)
-    query_lengths: Tensor  # (batch,), on the CPU, where packing wants them
+    query_lengths: Tensor  # (batch,)
     inputs: Tensor  # (batch, response time): SOS and the response without its last id
     targets: Tensor  # (batch, response time): the response and its EOS
-
-    @property
-    def target_mask(self) -> Tensor:
-        """(batch, response time): True where there is a real token, which is where the loss counts."""
-        return self.targets != PAD
 
     def with_dropout(self, query_share: float, word_share: float) -> "Batch":
         """The batch with a share of its queries replaced by silence, and of its words (not the targets) by UNK.
@@ -47,11 +45,10 @@ class Batch(NamedTuple):
                 for ids in (query, inputs)
             )
         if query_share:
-            silent = torch.rand(len(query)) < query_share
+            silent = torch.rand(len(query), device=query.device) < query_share
             lengths = lengths.masked_fill(silent, 1)
-            silent = silent.to(query.device, non_blocking=True).unsqueeze(1)
             first = torch.arange(query.size(1), device=query.device) == 0
-            query = torch.where(silent, torch.where(first, EOS, PAD), query)
+            query = torch.where(silent.unsqueeze(1), torch.where(first, EOS, PAD), query)
         return Batch(query, lengths, inputs, self.targets)
 
 
@@ -79,14 +76,24 @@ class Pairs:
         return dataclasses.replace(self, queries=self.queries.to(device), responses=self.responses.to(device))
 
     def batch(self, indices: Tensor) -> Batch:
-        """The examples with these indices (on the CPU), padded to the longest among them."""
-        lengths = self.query_lengths[indices]
-        longest = int(self.response_lengths[indices].max())
-        where = indices.to(self.queries.device, non_blocking=True)
-        query = self.queries[where, : int(lengths.max())].long()
-        targets = self.responses[where, :longest].long()
-        start = torch.full_like(targets[:, :1], SOS)
-        return Batch(query, lengths, torch.cat([start, targets[:, :-1]], dim=1), targets)
+        """The examples with these indices (on the CPU), padded to the shape that holds the longest among them."""
+        return self.batch_of(self.upload(indices), *self.shape(indices))
+
+    def upload(self, indices: Tensor) -> Tensor:
+        """(2, batch): indices and query lengths, on their way to a GPU in one piece while the CPU goes on."""
+        rows = torch.stack([indices, self.query_lengths[indices]])
+        return rows.pin_memory().to(self.queries.device, non_blocking=True) if self.queries.is_cuda else rows
+
+    def shape(self, indices: Tensor) -> tuple[int, int]:
+        """Query time and response time of the batch of these examples."""
+        longest = self.query_lengths[indices].max(), self.response_lengths[indices].max()
+        return _padded_size(longest[0]), _padded_size(longest[1])
+
+    def batch_of(self, rows: Tensor, query_time: int, response_time: int) -> Batch:
+        """The examples of `rows`, what `upload` gave, on the device itself: nothing makes the CPU wait for a GPU."""
+        where, lengths = rows
+        query, targets = self.queries[where, :query_time].long(), self.responses[where, :response_time].long()
+        return Batch(query, lengths, torch.cat([torch.full_like(targets[:, :1], SOS), targets[:, :-1]], 1), targets)
 
     def first(self, count: int) -> "Pairs":
         """The first `count` examples."""
@@ -98,24 +105,26 @@ class Pairs:
 
     @property
     def keys(self) -> Tensor:
-        """(examples,): what sorts them by response length, then query length."""
-        return self.response_lengths * 4096 + self.query_lengths
+        """(examples,): sorts by padded response length, within one by query length, rising and falling in turns."""
+        size = torch.bucketize(self.response_lengths, torch.tensor(SIZES))
+        return size * 4096 + torch.where(size % 2 == 0, self.query_lengths, 4095 - self.query_lengths)
 
 
 class BucketedSampler:
     """Seeded batches of similar length, a pure function of (seed, epoch): nothing to save for an exact resume.
-    Each epoch is shuffled, cut into buckets of 50 batches, each bucket sorted by length and cut into batches, and the
-    batches shuffled. Every example comes once an epoch."""
+    Each epoch is shuffled, cut into buckets of 100 batches, each bucket sorted by length and cut into batches, and the
+    batches shuffled. Every example comes once an epoch, but for the few, others each time, that fill the last batch."""
 
     def __init__(self, pairs: Pairs, batch_size: int, seed: int) -> None:
         self.keys = pairs.keys
-        self.batch_size, self.seed = batch_size, seed
-        self.batches_per_epoch = -(-len(pairs) // batch_size)
+        self.batch_size, self.seed = min(batch_size, len(pairs)), seed
+        self.batches_per_epoch = -(-len(pairs) // self.batch_size)
 
     def epoch(self, epoch: int) -> list[Tensor]:
         """The batches of an epoch, each a tensor of indices."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         shuffled = torch.randperm(len(self.keys), generator=generator)
+        shuffled = torch.cat([shuffled, shuffled[: -len(shuffled) % self.batch_size]])
         batches: list[Tensor] = []
         for bucket in shuffled.split(self.batch_size * BUCKET):
             batches += bucket[torch.argsort(self.keys[bucket], stable=True)].split(self.batch_size)
@@ -243,9 +252,13 @@ def split(exchanges: list[Exchange], share: float, seed: int) -> dict[str, str]:
     return chosen
 
 
+def _padded_size(length: Tensor) -> int:
+    return SIZES[bisect.bisect_left(SIZES, int(length))]
+
+
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Lists of ids as one tensor (rows, longest) filled up with PAD, and their lengths (rows,)."""
+    """Lists of ids as one tensor (rows, size that holds the longest) filled with PAD, and their lengths (rows,)."""
     lengths = np.array([len(row) for row in rows], np.int64)
-    matrix = np.full((len(rows), lengths.max(initial=0)), PAD, np.int32)
+    matrix = np.full((len(rows), _padded_size(lengths.max(initial=0))), PAD, np.int32)
     matrix[np.arange(matrix.shape[1]) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
     return torch.from_numpy(matrix), torch.from_numpy(lengths)

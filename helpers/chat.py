@@ -124,8 +124,9 @@ def terminal(bot: Chatbot, decoder: str = "", seed: int = 0, raw: bool = False) 
         with contextlib.suppress(ImportError):  # a Python without it has no history, and else works
             import readline  # noqa: F401, gives input() arrow keys and a history
         print("Talk to the bot. /attention shows what its last reply looked at; /quit or Ctrl-D ends.")
-    lines = _prompted() if sys.stdin.isatty() else _bounded(sys.stdin)
-    converse(bot, lines, sys.stdout, decoder, seed, raw)
+    lines = iter(functools.partial(input, "> "), None) if sys.stdin.isatty() else _bounded(sys.stdin)
+    with contextlib.suppress(EOFError):
+        converse(bot, lines, sys.stdout, decoder, seed, raw)
 
 
 def _bounded(file: TextIO) -> Iterable[str]:
@@ -134,12 +135,6 @@ def _bounded(file: TextIO) -> Iterable[str]:
         while not line.endswith("\n") and (more := file.readline(LONGEST_LINE)):
             line = (line + more)[-LONGEST_LINE:]
         yield line
-
-
-def _prompted() -> Iterable[str]:
-    with contextlib.suppress(EOFError):
-        while True:
-            yield input("> ")
 
 
 def chat_box(bot: Chatbot):

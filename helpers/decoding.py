@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from helpers.evaluation import log_probability
 from helpers.model import Memory, Seq2Seq, State
@@ -16,11 +17,11 @@ class GreedySearch(nn.Module):
         super().__init__()
         self.model = model
         self.sos, self.eos, self.pad = SOS, EOS, PAD  # TorchScript reads attributes, not globals
-        never = never_spoken(model.output.out_features).to(model.embedding.weight.device)
+        never = never_spoken(model.output.out_features, model.embedding.weight.device)
         self.register_buffer("never", never, persistent=False)
 
     def forward(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
-        """query (batch, query time), lengths (batch,) on the CPU to ids (batch, at most max_words), PAD after EOS.
+        """query (batch, query time), lengths (batch,) to ids (batch, at most max_words), PAD after EOS.
         On a GPU, where looking whether all replies have ended makes the CPU wait, only every fourth step looks: up to
         three columns of PAD more. Raises UserError (torch.jit.Error once scripted) for a query of no words."""
         if int(lengths.min()) < 1:
@@ -29,23 +30,23 @@ class GreedySearch(nn.Module):
         memory, state = self.model.encode(query, lengths)
         spoken = query.new_full((query.size(0), max_words), self.pad)
         words = torch.full_like(query[:, 0], self.sos)
-        ended = torch.zeros_like(words, dtype=torch.bool)
         steps = 0
         for step in range(max_words):
             logits, state = self.model.step(words, state, memory)
-            words = logits.add_(self.never).argmax(1).masked_fill_(ended, self.pad)
+            words = logits.add_(self.never).argmax(1)
             spoken[:, step] = words
-            ended.logical_or_(words == self.eos)
             steps = step + 1
-            if steps % every == 0 and bool(ended.all()):
+            if steps % every == 0 and bool((spoken == self.eos).any(1).all()):
                 break
-        return spoken[:, :steps]
+        ends = (spoken[:, :steps] == self.eos).int()
+        return spoken[:, :steps].masked_fill(ends.cumsum(1) > ends, self.pad)
 
 
-def never_spoken(words: int) -> Tensor:
+def never_spoken(words: int, device: torch.device) -> Tensor:
     """(vocabulary,): -inf at PAD, SOS and UNK, to be added to logits."""
-    penalty = torch.zeros(words)
-    penalty[[PAD, SOS, UNK]] = float("-inf")
+    penalty = torch.zeros(words, device=device)
+    for word in (PAD, SOS, UNK):
+        penalty[word].fill_(float("-inf"))
     return penalty
 
 
@@ -70,9 +71,10 @@ def beam_search(
     rows = torch.arange(batch, device=query.device).repeat_interleave(beam)
     memory = Memory(*(part[rows] for part in memory))
     state = State(state.hidden[:, rows], state.attentional[rows])
-    never = never_spoken(vocabulary).to(query.device)
+    never = never_spoken(vocabulary, query.device)
     first = torch.arange(batch, device=query.device).unsqueeze(1) * beam  # of each query's rows
     words, partial = torch.full_like(rows, SOS), query.new_empty(batch * beam, 0)
+    every = 4 if query.is_cuda else 1
     # At first all beams of a query are the same, so only one of them counts.
     total = torch.full((batch, beam), float("-inf"), device=query.device)
     total[:, 0] = 0.0
@@ -94,10 +96,10 @@ def beam_search(
         best = torch.where(better, top, best)
         chosen = which.unsqueeze(1)
         sequence = torch.cat([partial[origin.gather(1, chosen)[:, 0]], word.gather(1, chosen)], 1)
-        replies[better, :length] = sequence[better]
-        replies[better, length:] = PAD
+        sequence = functional.pad(sequence, (0, max_words - length), value=PAD)
+        replies = torch.where(better.unsqueeze(1), sequence, replies)
         finished += ends.sum(1)
-        if last or bool((finished >= beam).all()):
+        if last or (length % every == 0 and bool((finished >= beam).all())):
             break
         total, keep = scores.masked_fill(word == EOS, float("-inf")).topk(beam, dim=1)
         rows, words = origin.gather(1, keep).flatten(), word.gather(1, keep).flatten()
@@ -120,17 +122,19 @@ def sample(
     if temperature == 0:
         return greedy(model, query, lengths, max_words)
     memory, state = model.encode(query, lengths)
-    never = never_spoken(model.output.out_features).to(query.device)
+    never = never_spoken(model.output.out_features, query.device)
     generator = torch.Generator(query.device).manual_seed(seed)
-    words, spoken = torch.full_like(query[:, 0], SOS), []
+    words, spoken, every = torch.full_like(query[:, 0], SOS), [], 4 if query.is_cuda else 1
     ended = torch.zeros_like(words, dtype=torch.bool)
     for _ in range(max_words):
         logits, state = model.step(words, state, memory)
         probability = filtered(torch.softmax((logits.float() + never) / temperature, 1), top_k, top_p)
-        words = torch.multinomial(probability, 1, generator=generator)[:, 0].masked_fill(ended, PAD)
+        # What torch.multinomial does, but for its look at the probabilities, for which the CPU would wait.
+        luck = torch.empty_like(probability).exponential_(generator=generator)
+        words = (probability / luck).argmax(1).masked_fill(ended, PAD)
         spoken.append(words)
         ended = ended | (words == EOS)
-        if bool(ended.all()):
+        if len(spoken) % every == 0 and bool(ended.all()):
             break
     return torch.stack(spoken, 1)
 
@@ -145,7 +149,7 @@ def filtered(probability: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def silence(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """As many queries of EOS alone, (queries, 1), and their lengths: what precedes a line that answers nothing."""
-    return torch.full((queries, 1), EOS, device=device), torch.ones(queries, dtype=torch.long)
+    return torch.full((queries, 1), EOS, device=device), torch.ones(queries, dtype=torch.long, device=device)
 
 
 @torch.no_grad()
@@ -169,7 +173,7 @@ def mmi(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, candidat
     if candidates < 1:
         raise UserError(f"MMI chooses among at least 1 candidate, not {candidates}.")
     rows = torch.arange(len(query), device=query.device).repeat_interleave(candidates)
-    many = query[rows], lengths[rows.cpu()]
+    many = query[rows], lengths.to(query.device)[rows]
     replies = sample(model, *many, max_words, temperature=0.7, top_k=100, top_p=0.9, seed=seed)
     scores = mutual_information(model, *many, replies) - 1e6 * _repeats(replies)
     best = scores.view(-1, candidates).argmax(1)

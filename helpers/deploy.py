@@ -43,6 +43,10 @@ def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptMod
     with user_errors(f"{display_path(path)} cannot be loaded", "Run notebook 07 again to make it.", *kinds):
         with warnings.catch_warnings(action="ignore"):
             scripted = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+        for gru in scripted.modules() if device.type == "cuda" else []:
+            if hasattr(gru, "_flat_weights"):  # in one piece, as cuDNN wants them: else it copies them at every call
+                sizes = (weights.size(1) for weights in gru._flat_weights[:2])
+                torch._cudnn_rnn_flatten_weight(gru._flat_weights, 4, next(sizes), 3, next(sizes), 0, 1, True, False)
         max_words = int(json.loads(extra["limits.json"])["max_words"])
         return scripted, Vocabulary.from_json(extra["vocabulary.json"]), max_words
 
@@ -55,63 +59,84 @@ def quantised(model: Seq2Seq) -> Seq2Seq:
 
 class Steps(nn.Module):
     """`count` steps of greedy search, plain tensors in and out, nothing that depends on data: what compilers want.
-    The GRU is computed cell by cell, since the packed many-step one neither compiles nor exports."""
+    The GRU is computed cell by cell, since the many-step one neither compiles nor exports."""
 
     def __init__(self, model: Seq2Seq, count: int = 1) -> None:
         super().__init__()
         self.model, self.count = model.eval(), count
-        never = never_spoken(model.output.out_features).to(model.embedding.weight.device)
+        never = never_spoken(model.output.out_features, model.embedding.weight.device)
         self.register_buffer("never", never, persistent=False)
 
     def forward(
         self, words: Tensor, ended: Tensor, hidden: Tensor, attentional: Tensor,
-        states: Tensor, keys: Tensor, mask: Tensor,
+        states: Tensor, keys: Tensor, padding: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """The parts of State and Memory in; ids (batch, count) out, and words, ended, hidden, attentional after them.
         words (batch,) were just said, ended (batch,) is True where a reply is over."""
-        model, gru, spoken = self.model, self.model.decoder.gru, []
+        model, spoken = self.model, []
         for _ in range(self.count):
             step, layers = model.embedding(words), []
             if model.decoder.input_feeding:
                 step = torch.cat([step, attentional], 1)
-            for weights, state in zip(gru.all_weights, hidden, strict=True):
-                step = torch.gru_cell(step, state, *weights)
+            for layer, state in zip(model.decoder.grus, hidden, strict=True):
+                step = cell(step, state, layer)
                 layers.append(step)
             hidden = torch.stack(layers)
-            attentional = model.decoder.attend(step.unsqueeze(1), Memory(states, keys, mask))[0][:, 0]
+            attentional = model.decoder.attend(step.unsqueeze(1), Memory(states, keys, padding))[0][:, 0]
             words = (model.output(attentional) + self.never).argmax(1).masked_fill(ended, PAD)
             ended = ended | (words == EOS)
             spoken.append(words)
         return torch.stack(spoken, 1), words, ended, hidden, attentional
 
 
-class BlockSearch:
-    """Greedy search around `Steps` that `build` has made fast; the packed encoder and the early exit stay outside.
-    Queries are padded to `longest_query`, so that `build(steps, example)` is called once a batch size."""
+def cell(inputs: Tensor, state: Tensor, layer: nn.GRU) -> Tensor:
+    """One step of a GRU of one layer: inputs (batch, input) and state (batch, hidden) to the state after them.
+    Where a compiler reads it, the gates are written out, as in nn.GRU's documentation, so that it can fuse them."""
+    weights = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
+    if not torch.compiler.is_compiling():
+        return torch.gru_cell(inputs, state, *weights)
+    from_inputs = functional.linear(inputs, weights[0], weights[2]).chunk(3, 1)
+    from_state = functional.linear(state, weights[1], weights[3]).chunk(3, 1)
+    reset, update = (torch.sigmoid(from_inputs[gate] + from_state[gate]) for gate in (0, 1))
+    new = torch.tanh(from_inputs[2] + reset * from_state[2])
+    return (1 - update) * new + update * state
 
-    def __init__(self, model: Seq2Seq, build: Callable[..., Runner], longest_query: int, count: int = 1) -> None:
-        self.steps, self.build, self.longest_query = Steps(model, count), build, longest_query
-        self.runs: dict[tuple[int, int], Runner] = {}
+
+class BlockSearch:
+    """Greedy search around `Steps` that `build` has made fast, `build_encoder` the encoder; the early exit is outside.
+    Queries are padded to `longest_query`, so that each is built once a batch size, by build(function, example)."""
+
+    def __init__(
+        self, model: Seq2Seq, build: Callable[..., Runner], longest_query: int, count: int = 1,
+        build_encoder: Callable[..., Runner] | None = None,
+    ) -> None:  # fmt: skip
+        self.steps, self.build, self.build_encoder = Steps(model, count), build, build_encoder
+        self.longest_query, self.runs = longest_query, {}
 
     @torch.no_grad()
     def __call__(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
         """What GreedySearch takes and gives; whole blocks are computed, so PAD columns may follow the last EOS."""
-        memory, state = self.steps.model.encode(query, lengths)
-        more = max(self.longest_query - query.size(1), 0)
-        parts = [functional.pad(memory.states, (0, 0, 0, more)), functional.pad(memory.keys, (0, 0, 0, more))]
-        parts.append(functional.pad(memory.mask, (0, more)))
-        words = torch.full_like(query[:, 0], SOS)
-        now = [words, torch.zeros_like(words, dtype=torch.bool), *state]
-        shape = tuple(parts[-1].shape)
-        if shape not in self.runs:
-            self.runs[shape] = self.build(self.steps, (*now, *parts))
+        query = functional.pad(query, (0, max(self.longest_query - query.size(1), 0)), value=PAD)
+        asked = query, lengths.to(query.device)
+        if query.shape not in self.runs:
+            build = self.build_encoder or (lambda work, example: work)
+            encode = build(self.begin, tuple(part.clone() for part in asked))
+            self.runs[query.shape] = encode, self.build(self.steps, encode(*asked))
+        encode, steps = self.runs[query.shape]
+        *now, states, keys, padding = encode(*asked)
         spoken = []
         for _ in range(0, max_words, self.steps.count):
-            block, *now = self.runs[shape](*now, *parts)
+            block, *now = steps(*now, states, keys, padding)
             spoken.append(block.clone())  # a captured graph writes its next block to the same place
             if bool(now[1].all()):
                 break
         return torch.cat(spoken, 1)[:, :max_words]
+
+    def begin(self, query: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """query (batch, query time) and lengths (batch,) to what `Steps` takes."""
+        memory, state = self.steps.model.encode(query, lengths)
+        words = torch.full_like(query[:, 0], SOS)
+        return (words, torch.zeros_like(words, dtype=torch.bool), *state, *memory)
 
 
 def compiled(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
@@ -130,22 +155,23 @@ def exported(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
         return torch._inductor.aoti_load_package(package)
 
 
-def captured(steps: Steps, example: tuple[Tensor, ...]) -> Runner:
-    """As a CUDA graph: all kernels of a block are launched at once, on tensors that stay where they are."""
-    places = [part.clone() for part in example]
+def captured(work: Callable[..., tuple[Tensor, ...]], example: tuple[Tensor, ...]) -> Runner:
+    """As a CUDA graph: all kernels of `work` are launched at once, on tensors that stay where `example`'s are."""
+    places = list(example)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # libraries set themselves up now, which a capture does not allow
-            steps(*places)
+            work(*places)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = steps(*places)
+        results = work(*places)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         for place, value in zip(places, inputs, strict=True):
-            place.copy_(value)
+            if place.data_ptr() != value.data_ptr():
+                place.copy_(value)
         graph.replay()
         return results
 

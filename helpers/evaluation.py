@@ -14,7 +14,7 @@ from helpers.model import Seq2Seq
 from helpers.settings import UserError
 from helpers.text import PAD, SOS, UNK, Vocabulary, tokenise
 
-BATCH = 256  # examples that are evaluated at once
+BATCH = 64  # examples that are evaluated at once
 Words = list[str]
 
 
@@ -42,15 +42,15 @@ class Likelihood:
         return math.exp(min(self.per_token, 700.0))
 
 
-def batch_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, int]:
-    """The sum of the cross-entropy of every real token, in nats, and their number.
+def batch_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropy of every real token, in nats, and their number, both still on the device.
     The loss is their quotient. Padding in `batch.targets` (batch, response time) counts for nothing."""
     if teacher_forcing:
         logits = model(batch.query, batch.query_lengths, batch.inputs)
     else:
         logits = free_running_logits(model, batch)
     logits, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
-    return functional.cross_entropy(logits, targets, ignore_index=PAD, reduction="sum"), int((targets != PAD).sum())
+    return functional.cross_entropy(logits, targets, ignore_index=PAD, reduction="sum"), (targets != PAD).sum()
 
 
 def free_running_logits(model: Seq2Seq, batch: Batch) -> Tensor:
@@ -69,12 +69,11 @@ def evaluate(model: Seq2Seq, pairs: Pairs) -> Likelihood:
     """The exact teacher-forced likelihood of all responses, in fp32 and without dropout."""
     training = model.training
     model.eval()
-    nll, tokens = 0.0, 0
+    nll = torch.zeros((), dtype=torch.double, device=pairs.queries.device)
     for indices in pairs.order().split(BATCH):
-        loss, count = batch_loss(model, pairs.batch(indices))
-        nll, tokens = nll + loss.double().item(), tokens + count
+        nll += batch_loss(model, pairs.batch(indices))[0]
     model.train(training)
-    return Likelihood(nll, tokens, len(pairs))
+    return Likelihood(nll.item(), int(pairs.response_lengths.sum()), len(pairs))
 
 
 def score(model: Seq2Seq, vocabulary: Vocabulary, texts: list[tuple[str, str]]) -> dict[str, float]:
@@ -99,27 +98,12 @@ def score(model: Seq2Seq, vocabulary: Vocabulary, texts: list[tuple[str, str]]) 
 def log_probability(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Tensor) -> Tensor:
     """ln p(reply | query), (batch,): replies (batch, time) end in EOS or are cut off, and are PAD after that."""
     totals = []
-    for rows in torch.arange(len(query)).split(BATCH):  # bounds the memory that logits take
+    for rows in torch.arange(len(query), device=query.device).split(BATCH):  # bounds the memory that logits take
         targets = replies[rows]
         inputs = torch.cat([torch.full_like(targets[:, :1], SOS), targets[:, :-1]], 1)
         logits = model(query[rows], lengths[rows], inputs).float().transpose(1, 2)
         totals.append(-functional.cross_entropy(logits, targets, ignore_index=PAD, reduction="none").sum(1))
     return torch.cat(totals)
-
-
-@torch.no_grad()
-def choice_accuracy(score: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: Pairs, others: int = 9) -> float:
-    """How often score(query, lengths, replies) ranks the true response above `others` taken from other queries.
-    The others are drawn by a fixed seed; guessing gives 1 / (1 + others)."""
-    randomness, right = torch.Generator().manual_seed(0), 0
-    for rows in torch.arange(len(pairs)).split(64):
-        shifts = torch.randint(1, len(pairs), (len(rows), others), generator=randomness)
-        chosen = torch.cat([rows.unsqueeze(1), (rows.unsqueeze(1) + shifts) % len(pairs)], 1).flatten()
-        replies = pairs.responses[chosen.to(pairs.responses.device)].long()
-        batch = pairs.batch(rows.repeat_interleave(1 + others))
-        scores = score(batch.query, batch.query_lengths, replies).view(len(rows), -1)
-        right += int((scores[:, 0] >= scores.max(1).values).sum())
-    return right / len(pairs)
 
 
 def replies_of(
@@ -167,12 +151,3 @@ def commonest_reply(replies: list[Words]) -> tuple[str, float]:
     """The reply given most often, and its share of all replies."""
     (reply, count), *_ = Counter(" ".join(words) for words in replies).most_common(1)
     return reply, count / len(replies)
-
-
-def unigram_perplexity(training: Counter[str], responses: list[Words]) -> float:
-    """Perplexity of a model that knows only how often each word (EOS included) occurs; counts + 1 for new ones.
-    `training` counts response words with their EOS; `responses` carry their EOS too. Learning must beat this."""
-    types, total = len(training) + 1, sum(training.values())
-    words = [word for response in responses for word in response]
-    nll = -sum(math.log((training[word] + 1) / (total + types)) for word in words)
-    return math.exp(nll / len(words))

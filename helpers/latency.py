@@ -16,9 +16,9 @@ from helpers.decoding import GreedySearch
 from helpers.deploy import BlockSearch, captured, compiled, exported, quantised, script
 from helpers.evaluation import evaluate
 from helpers.model import Seq2Seq
-from helpers.run import Run, display_path, machine, seconds, write_text
+from helpers.run import Run, display_path, machine, products, seconds, write_text
 from helpers.settings import UserError
-from helpers.text import EOS, PAD, SOS, UNK
+from helpers.text import EOS, PAD, SOS
 from helpers.training import load_model
 
 Search = Callable[[Tensor, Tensor, int], Tensor]
@@ -26,6 +26,16 @@ TIE = 1e-4  # two logits closer than this may change places between two ways of 
 PERPLEXITY_OFF, EQUAL_REPLIES = 0.01, 0.9  # what a lossy variant may change at most, and must leave equal at least
 TURN, CALLS = 5, 15  # calls of one search in a row, and the fewest that are timed in all
 BLOCK = 5  # decoding steps in one CUDA graph
+
+
+class Subject(NamedTuple):
+    """A model to be measured, what it is asked, how long its replies may be, and what else it is compared with."""
+
+    name: str
+    model: Seq2Seq
+    test: Pairs
+    max_words: int
+    textbook: Callable[..., Tensor] | None = None  # (model, query, lengths, max_words), answers one query at a time
 
 
 class Variant(NamedTuple):
@@ -36,52 +46,45 @@ class Variant(NamedTuple):
     missing: str = ""  # why it cannot be had here
 
 
-def variants(model: Seq2Seq, longest_query: int, compilation: bool) -> dict[str, Variant]:
+def variants(subject: Subject, compilation: bool) -> dict[str, Variant]:
     """All ways that the table knows: the textbook's and eager, the yardsticks, then those that must not fail parity."""
+    model, textbook = subject.model, subject.textbook
     cuda = model.embedding.weight.is_cuda
     compiler = "" if compilation else "compilation was not asked for"
     graphs = "" if cuda else "not measured: it takes a CUDA device"
-    blocks = partial(BlockSearch, longest_query=longest_query)
+    blocks = partial(BlockSearch, longest_query=subject.test.queries.size(1))
+    recorded = partial(blocks, count=BLOCK, build_encoder=captured)
 
     def int8() -> tuple[Search, nn.Module]:
         scripted = script(quantised(model))
         return scripted, scripted.model
 
+    def fused(steps, example):
+        return captured(compiled(steps, example), example)
+
+    def tf32() -> tuple[Search, nn.Module]:
+        def build(work, example):
+            with products("tf32"):
+                return captured(work, example)
+
+        return recorded(model, build, build_encoder=build), model
+
     def bf16() -> tuple[Search, nn.Module]:
         half = copy.deepcopy(model).to(torch.bfloat16)
-        return blocks(half, captured, count=BLOCK), half
+        return recorded(half, captured), half
 
     return {
-        "textbook": Variant(lambda: (partial(textbook_greedy, model), None)),
+        "textbook": Variant(lambda: (partial(textbook, model), None), False, "" if textbook else "it was not given"),
         "eager": Variant(lambda: (GreedySearch(model).eval(), None)),
         "TorchScript": Variant(lambda: (script(model), None)),
         "TorchScript int8": Variant(int8, True, "its int8 kernels are for CPUs" if cuda else ""),
         "torch.compile": Variant(lambda: (blocks(model, compiled), None), False, compiler),
         "AOTInductor": Variant(lambda: (blocks(model, exported), None), False, compiler),
-        "CUDA graphs": Variant(lambda: (blocks(model, captured, count=BLOCK), None), False, graphs),
+        "CUDA graphs": Variant(lambda: (recorded(model, captured), None), False, graphs),
+        "CUDA graphs, compiled": Variant(lambda: (recorded(model, fused), None), False, graphs or compiler),
+        "CUDA graphs TF32": Variant(tf32, True, graphs),
         "CUDA graphs bf16": Variant(bf16, True, graphs),
     }
-
-
-@torch.no_grad()
-def textbook_greedy(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
-    """The classic tutorial's greedy search on this project's model, so that both can be timed with equal weights.
-    One query at a time, `max_words` steps whether or not the reply has ended, the attention's keys and a softmax over
-    the vocabulary at each of them. Takes and returns what `greedy` does, except that a row goes on after its EOS."""
-    rows, decoder = [], model.decoder
-    for row, length in zip(query, lengths, strict=True):
-        states, hidden = model.encoder(model.embedding(row[None, : int(length)]), length.view(1))
-        words, reply = query.new_full((1, 1), SOS), query.new_zeros(0)
-        for _ in range(max_words):
-            output, hidden = decoder.gru(model.embedding(words), hidden)
-            weights = torch.softmax(decoder.attention.scores(output, decoder.attention.keys(states)), dim=2)
-            combined = torch.tanh(decoder.combine(torch.cat([weights @ states, output], 2)))
-            probabilities = torch.softmax(model.output(combined.squeeze(1)), dim=1)
-            probabilities[:, [PAD, SOS, UNK]] = 0
-            _, word = torch.max(probabilities, dim=1)
-            reply, words = torch.cat((reply, word)), word.unsqueeze(0)
-        rows.append(reply)
-    return torch.stack(rows)
 
 
 @torch.no_grad()
@@ -117,7 +120,8 @@ def measure(searches: dict[str, Search], pairs: Pairs, size: int, max_words: int
     """Seconds that each search takes for a batch of `size` replies, of at least `replies` replies.
     The searches take turns of a few calls, so that a slower moment of the machine hits all alike. The first turn does
     not count, and neither does the first call of any: whoever answers in one way has that way's weights in the
-    processor's cache, not those of the way before. The device is synchronised before each look at the clock."""
+    processor's cache, not those of the way before. The device is synchronised before each look at the clock.
+    The textbook answers queries one after the other: of each batch it gets one, and its seconds are a reply's."""
     device, taken = pairs.queries.device, {name: [] for name in searches}
     for start in range(-TURN, max(-(-replies // size), CALLS), TURN):
         chosen = [
@@ -125,20 +129,12 @@ def measure(searches: dict[str, Search], pairs: Pairs, size: int, max_words: int
         ]
         batches = [pairs.batch(indices) for indices in chosen]
         for name, search in searches.items():
-            calls = [partial(search, batch.query, batch.query_lengths, max_words) for batch in batches]
+            rows = 1 if name == "textbook" else size
+            calls = [partial(search, batch.query[:rows], batch.query_lengths[:rows], max_words) for batch in batches]
             calls[0]()
             values = [seconds(call, device) for call in calls]
             taken[name] += values if start >= 0 else []
     return taken
-
-
-class Subject(NamedTuple):
-    """A model to be measured, what it is asked, and how long its replies may be."""
-
-    name: str
-    model: Seq2Seq
-    test: Pairs
-    max_words: int
 
 
 def table(subject: Subject, sizes: list[int], queries: int, replies: int, compilation: bool) -> tuple[list, dict]:
@@ -146,18 +142,20 @@ def table(subject: Subject, sizes: list[int], queries: int, replies: int, compil
     A variant is compared with eager on the first `queries` of `test` at each size; only one that passes is timed. Exact
     ones must not differ but by ties. Lossy ones must keep the perplexity over all of `test` within 1% and give 90% of
     the replies unchanged. Milliseconds are per reply: a call's time divided by the batch size."""
-    name, model, test, max_words = subject
+    name, model, test, max_words, _ = subject
     subset, left_out, rows, searches, expected = test.first(queries), {}, [], {}, {}
     true_perplexity = evaluate(model, test).perplexity
     if compilation:
         torch.compiler.reset()  # of what the model before left behind
-    for variant, (build, lossy, missing) in variants(model, int(test.query_lengths.max()), compilation).items():
+    for variant, (build, lossy, missing) in variants(subject, compilation).items():
         if missing:
             left_out[variant] = missing
             continue
         try:
             search, scorer = build()
-            ids = {size: answers(search, subset, max_words, size) for size in sizes}
+            once = variant == "textbook"  # which knows no batches
+            ids = {size: answers(search, subset, max_words, size) for size in sizes[: 1 if once else None]}
+            ids = dict.fromkeys(sizes, ids[sizes[0]]) if once else ids
             perplexity = evaluate(scorer, test).perplexity if lossy else true_perplexity
         except Exception as error:  # compilers and old or new releases fail in all sorts of ways
             if variant in ("textbook", "eager", "TorchScript"):
@@ -181,20 +179,22 @@ def table(subject: Subject, sizes: list[int], queries: int, replies: int, compil
         del searches[variant]  # at one size is enough: it is not timed at the others either
     for size in sizes:
         taken = measure(searches, test, size, max_words, replies)
-        median = {variant: float(np.median(values)) for variant, values in taken.items()}
+        replied = {variant: 1 if variant == "textbook" else size for variant in taken}
+        median = {variant: float(np.median(values)) / replied[variant] for variant, values in taken.items()}
         for row in [row for row in rows if row["batch"] == size and row["variant"] in taken]:
-            own, values = median[row["variant"]], taken[row["variant"]]
+            own, values, count = median[row["variant"]], taken[row["variant"]], replied[row["variant"]]
             row |= {
-                "p50 ms": 1e3 * own / size, "p95 ms": 1e3 * float(np.percentile(values, 95)) / size,
-                "replies/s": size / own, "vs eager": median["eager"] / own,
-                "vs textbook": median.get("textbook", np.nan) / own, "timed": size * len(values),
+                "p50 ms": 1e3 * own, "p95 ms": 1e3 * float(np.percentile(values, 95)) / count,
+                "replies/s": 1 / own, "vs eager": median["eager"] / own,
+                "vs textbook": median.get("textbook", np.nan) / own, "timed": count * len(values),
             }  # fmt: skip
     return rows, left_out
 
 
 def report(
-    run: Run, device: torch.device, sizes: list[int], queries: int, replies: int, full: bool, *others: Subject
-) -> dict:
+    run: Run, device: torch.device, sizes: list[int], queries: int, replies: int, full: bool, *others: Subject,
+    textbook: Callable[..., Tensor] | None = None,
+) -> dict:  # fmt: skip
     """The table of a run's model, and of others beside it, kept in its latency.csv; `full` adds what compiles.
     Returns plain data: rows, what is left out and why, and the machine.
     Raises UserError if the run's checkpoint has another vocabulary than its data."""
@@ -204,7 +204,7 @@ def report(
         paths = display_path(run.checkpoint), display_path(run.data)
         raise UserError("{} was trained with another vocabulary than {}: train again.".format(*paths))
     name = f"run's: {settings.hidden_size} hidden, {settings.layers} layer(s), {len(vocabulary):,} words"
-    own = Subject(name, model, data.splits["test"].to(device), settings.max_response_words + 1)
+    own = Subject(name, model, data.splits["test"].to(device), settings.max_response_words + 1, textbook)
     rows, left_out = [], {}
     for subject in (own, *others):
         more, missing = table(subject, sizes, queries, replies, full)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from helpers.settings import Settings
 from helpers.text import PAD
@@ -18,7 +17,7 @@ class Memory(NamedTuple):
 
     states: Tensor  # (batch, query time, hidden), h̄_s
     keys: Tensor  # (batch, query time, hidden), the part of the score that depends on h̄_s alone
-    mask: Tensor  # (batch, query time), True at words, False at padding
+    padding: Tensor  # (batch, query time), True at padding, False at words
 
 
 class State(NamedTuple):
@@ -28,28 +27,49 @@ class State(NamedTuple):
     attentional: Tensor  # (batch, embedding), h̃ of the step before; only input feeding reads it
 
 
+class EncoderLayer(nn.Module):
+    """Two GRUs over padded queries, one along the words and one against them, which reads each query turned round
+    within its own length: it too meets padding only after the last word. Packing does the same, in more shapes."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.along, self.against = (nn.GRU(input_size, hidden_size, batch_first=True) for _ in range(2))
+        self.bridge = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, inputs: Tensor, turned: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """inputs (batch, time, input), turned (batch, time, 1): each place's opposite, start (1, batch, hidden): zeros.
+        Returns both directions' outputs (batch, time, hidden) and the bridged state (batch, hidden)."""
+        along, _ = self.along(inputs, start)
+        against, _ = self.against(inputs.gather(1, turned.expand_as(inputs)), start)
+        against = against.gather(1, turned.expand_as(against))
+        # Each has read all at its own end: the last word's place, which is the first one's opposite, or the first.
+        ends = along.gather(1, turned[:, :1].expand(-1, 1, along.size(2))), against[:, :1]
+        return along, against, torch.tanh(self.bridge(torch.cat(ends, 2)[:, 0]))
+
+
 class Encoder(nn.Module):
-    """A bidirectional GRU over the packed query.
+    """A bidirectional GRU over the padded query, with dropout between its layers.
     The two directions' outputs are summed. Each layer's two final states are bridged into the decoder's state of that
     layer, tanh(W [forward; backward] + b), as in the appendix of arXiv:1409.0473 and for both directions."""
 
     def __init__(self, embedding_size: int, hidden_size: int, layers: int, dropout: float) -> None:
         super().__init__()
-        self.layers, self.hidden_size = layers, hidden_size
-        inner = dropout if layers > 1 else 0.0
-        self.gru = nn.GRU(embedding_size, hidden_size, layers, batch_first=True, bidirectional=True, dropout=inner)
-        self.bridges = nn.ModuleList([nn.Linear(2 * hidden_size, hidden_size) for _ in range(layers)])
+        sizes = [embedding_size] + [2 * hidden_size] * (layers - 1)
+        self.layers = nn.ModuleList([EncoderLayer(size, hidden_size) for size in sizes])
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """embedded (batch, time, embedding), lengths (batch,) on the CPU, each at least 1.
-        Returns outputs (batch, time, hidden), zero at padding, and hidden (layers, batch, hidden)."""
-        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
-        packed_outputs, h_n = self.gru(packed)
-        outputs, _ = pad_packed_sequence(packed_outputs, batch_first=True, total_length=embedded.size(1))
-        outputs = outputs[:, :, : self.hidden_size] + outputs[:, :, self.hidden_size :]
-        # h_n is layer-major: layer 0 forward, layer 0 backward, layer 1 forward, …
-        h_n = h_n.view(self.layers, 2, -1, self.hidden_size)
-        hidden = [torch.tanh(bridge(torch.cat([h_n[i, 0], h_n[i, 1]], 1))) for i, bridge in enumerate(self.bridges)]
+        """embedded (batch, time, embedding), lengths (batch,), each at least 1.
+        Returns outputs (batch, time, hidden), at padding without meaning, and hidden (layers, batch, hidden)."""
+        batch, time, _ = embedded.shape
+        places = torch.arange(1, time + 1, device=embedded.device).view(1, -1, 1)
+        turned = (lengths.to(embedded.device).view(-1, 1, 1) - places) % time  # words to words, padding to padding
+        start = embedded.new_zeros(1, batch, self.layers[0].along.hidden_size)
+        outputs, hidden = embedded, []
+        for number, layer in enumerate(self.layers):
+            along, against, state = layer(outputs, turned, start)
+            hidden.append(state)
+            outputs = self.dropout(torch.cat([along, against], 2)) if number + 1 < len(self.layers) else along + against
         return outputs, torch.stack(hidden)
 
 
@@ -60,28 +80,24 @@ class LuongAttention(nn.Module):
 
     def __init__(self, score: str, hidden_size: int) -> None:
         super().__init__()
-        self.for_keys = nn.Identity() if score == "dot" else nn.Linear(hidden_size, hidden_size, bias=False)
+        self.keys = nn.Identity() if score == "dot" else nn.Linear(hidden_size, hidden_size, bias=False)
         self.for_queries = nn.Linear(hidden_size, hidden_size, bias=False) if score == "concat" else nn.Identity()
         self.register_parameter("v", nn.Parameter(torch.empty(hidden_size)) if score == "concat" else None)
         if self.v is not None:
             nn.init.uniform_(self.v, -(hidden_size**-0.5), hidden_size**-0.5)
 
-    def keys(self, states: Tensor) -> Tensor:
-        """states (batch, query time, hidden) to keys of the same shape."""
-        return self.for_keys(states)
-
     def scores(self, hidden: Tensor, keys: Tensor) -> Tensor:
         """hidden (batch, time, hidden), keys (batch, query time, hidden) to (batch, time, query time)."""
-        if self.v is None:
-            return hidden @ keys.transpose(1, 2)
+        if self.v is None:  # in fp32: on CPUs bf16 prepares for each pair of lengths anew
+            return hidden.float() @ keys.float().transpose(1, 2)
         return torch.tanh(self.for_queries(hidden).unsqueeze(2) + keys.unsqueeze(1)) @ self.v
 
     def forward(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Context vectors (batch, time, hidden) and weights (batch, time, query time) for decoder states (eq. 7).
         Padding gets a score of -inf and so a weight of exactly 0: a reply does not depend on its batch."""
-        scores = self.scores(hidden, memory.keys).masked_fill(~memory.mask.unsqueeze(1), float("-inf"))
+        scores = self.scores(hidden, memory.keys).masked_fill_(memory.padding.unsqueeze(1), float("-inf"))
         weights = torch.softmax(scores, dim=2)
-        return weights.to(memory.states.dtype) @ memory.states, weights
+        return (weights.float() @ memory.states.float()).to(hidden.dtype), weights
 
 
 class Decoder(nn.Module):
@@ -93,9 +109,10 @@ class Decoder(nn.Module):
         super().__init__()
         embedding, hidden = settings.embedding_size, settings.hidden_size
         self.input_feeding = settings.input_feeding
-        inner = settings.dropout if settings.layers > 1 else 0.0
         width = embedding * 2 if settings.input_feeding else embedding
-        self.gru = nn.GRU(width, hidden, settings.layers, batch_first=True, dropout=inner)
+        sizes = [width] + [hidden] * (settings.layers - 1)
+        # One by one: an nn.GRU's own dropout has cuDNN set up its random numbers anew at every update.
+        self.grus = nn.ModuleList([nn.GRU(size, hidden, batch_first=True) for size in sizes])
         self.attention = LuongAttention(settings.attention, hidden)
         self.combine = nn.Linear(2 * hidden, embedding)
         self.dropout = nn.Dropout(settings.dropout)
@@ -104,17 +121,25 @@ class Decoder(nn.Module):
         """embedded (batch, time, embedding): the words so far, SOS first; any number of steps, also one.
         Returns h̃ (batch, time, embedding), attention weights (batch, time, query time) and the state after them."""
         if not self.input_feeding:
-            outputs, hidden = self.gru(embedded, state.hidden)
+            outputs, hidden = self.recur(embedded, state.hidden)
             attentional, weights = self.attend(outputs, memory)
             return attentional, weights, State(hidden, attentional[:, -1])
         steps, all_weights = [], []
         for step in embedded.split(1, dim=1):
-            outputs, hidden = self.gru(torch.cat([step, state.attentional.unsqueeze(1)], 2), state.hidden)
+            outputs, hidden = self.recur(torch.cat([step, state.attentional.unsqueeze(1)], 2), state.hidden)
             attentional, weights = self.attend(outputs, memory)
             state = State(hidden, attentional[:, 0])
             steps.append(attentional)
             all_weights.append(weights)
         return torch.cat(steps, 1), torch.cat(all_weights, 1), state
+
+    def recur(self, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The layers of GRUs: outputs (batch, time, hidden), and hidden (layers, batch, hidden) after them."""
+        after = []
+        for number, gru in enumerate(self.grus):
+            inputs, state = gru(self.dropout(inputs) if number else inputs, hidden[number : number + 1])
+            after.append(state)
+        return inputs, torch.cat(after) if len(after) > 1 else after[0]
 
     def attend(self, outputs: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """GRU outputs (batch, time, hidden) to h̃ (batch, time, embedding) and weights (batch, time, query time)."""
@@ -143,7 +168,7 @@ class Seq2Seq(nn.Module):
     def encode(self, query: Tensor, lengths: Tensor) -> tuple[Memory, State]:
         """query (batch, query time) and its lengths (batch,) to what decoding needs."""
         outputs, hidden = self.encoder(self.dropout(self.embedding(query)), lengths)
-        memory = Memory(outputs, self.decoder.attention.keys(outputs), query != self.pad)
+        memory = Memory(outputs, self.decoder.attention.keys(outputs), query == self.pad)
         return memory, State(hidden, hidden.new_zeros(query.size(0), self.decoder.combine.out_features))
 
     def decode(self, inputs: Tensor, state: State, memory: Memory) -> tuple[Tensor, Tensor, State]:

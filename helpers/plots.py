@@ -2,7 +2,6 @@
 
 import io
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,31 +38,6 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def lengths(queries: Sequence[int], responses: Sequence[int], limit: int) -> Figure:
-    """Histograms of words per query and per response, with the limit that the settings put on both."""
-    figure, axes = plt.subplots()
-    top = int(np.percentile([*queries, *responses], 99)) + 1
-    bins = np.arange(0, top + 2) - 0.5
-    axes.hist([np.minimum(queries, top), np.minimum(responses, top)], bins=bins, label=["queries", "responses"])
-    axes.axvline(limit + 0.5, color=RED, linestyle="--", label=f"longest response kept: {limit}")
-    axes.set(xlabel=f"words ({top} and more in the last bar)", ylabel="exchanges")
-    axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="none")  # over the dashed line
-    return figure
-
-
-def zipf(counts: Counter[str], min_count: int) -> Figure:
-    """Word frequencies by rank on logarithmic axes, beside Zipf's law."""
-    frequencies = np.array(sorted(counts.values(), reverse=True))
-    ranks = np.arange(1, len(frequencies) + 1)
-    figure, axes = plt.subplots()
-    axes.loglog(ranks, frequencies, ".", markersize=3, label="words")
-    axes.loglog(ranks, frequencies[0] / ranks, color=GREY, linestyle="--", label="Zipf: count ∝ 1 / rank")
-    axes.axhline(min_count, color=RED, linestyle=":", label=f"min_count = {min_count}")
-    axes.set(xlabel="rank", ylabel="occurrences", ylim=(0.7, None))
-    axes.legend()
-    return figure
-
-
 def bars(values: dict[str, float], xlabel: str, fmt: str = "{:,.0f}") -> Figure:
     """Named values as horizontal bars with the numbers beside them."""
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(values)))
@@ -73,19 +47,6 @@ def bars(values: dict[str, float], xlabel: str, fmt: str = "{:,.0f}") -> Figure:
     axes.margins(x=0.15)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(xlabel)
-    return figure
-
-
-def coverage(counts: Counter[str], min_count: int) -> Figure:
-    """The share of running words that a vocabulary of the n commonest words knows."""
-    frequencies = np.array(sorted(counts.values(), reverse=True))
-    share = frequencies.cumsum() / frequencies.sum()
-    kept = int((frequencies >= min_count).sum())
-    figure, axes = plt.subplots()
-    axes.semilogx(np.arange(1, len(share) + 1), share)
-    axes.axvline(kept, color=RED, linestyle=":", label=f"kept: {kept:,} words, {share[kept - 1]:.1%} of all text")
-    axes.set(xlabel="words in the vocabulary", ylabel="share of running words", ylim=(0, 1.02))
-    axes.legend(loc="upper left")
     return figure
 
 
@@ -163,31 +124,6 @@ def losses_by_value(groups: dict[str, dict[str, Sequence[float]]]) -> Figure:
         axes.set_xticks(range(len(by_value)), list(by_value), rotation=60, fontsize=8)
         axes.set_xlabel(name.replace("_", "\n"))
     panels[0][0].set_ylabel("validation loss")
-    return figure
-
-
-def timeline(rows: pd.DataFrame) -> Figure:
-    """When each part of a step ran: rows of lane, name, start and ms. Kernels on a GPU's lane are one colour."""
-    names = list(dict.fromkeys(rows["name"][rows["lane"] == "CPU"]))
-    lanes = [*names, *(["GPU"] if (rows["lane"] == "GPU").any() else [])]
-    colours = plt.get_cmap("tab10")
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.3 * len(lanes)))
-    for place, lane in enumerate(lanes):
-        own = rows[(rows["lane"] == "GPU") if lane == "GPU" else (rows["name"] == lane)]
-        axes.broken_barh(list(zip(own["start"], own["ms"], strict=True)), (place - 0.4, 0.8), color=colours(place % 10))
-    axes.set_yticks(range(len(lanes)), lanes)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("milliseconds since the step began")
-    return figure
-
-
-def memory(curve: pd.DataFrame) -> Figure:
-    """Megabytes of tensors alive over time: a table of ms and MB."""
-    figure, axes = plt.subplots(figsize=(7, 2.8))
-    axes.fill_between(curve["ms"], curve["MB"], step="post", alpha=0.4)
-    axes.step(curve["ms"], curve["MB"], where="post", linewidth=0.8)
-    axes.set(xlabel="milliseconds", ylabel="MB allocated")
     return figure
 
 

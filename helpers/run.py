@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import time
 import zipfile
@@ -98,10 +99,13 @@ class Run:
         return self.checkpoint.rename(free)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from training into this folder.
+    def locked(self, wanted: bool = True) -> Iterator[None]:
+        """Keep other processes from training into this folder, if `wanted`.
         The lock of a dead process is free. Raises UserError that names the process which holds it."""
         path = self.folder / ".lock"
+        if not wanted:
+            yield
+            return
         with _writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path, is_singleton=True)
@@ -144,20 +148,40 @@ def machine(device: torch.device | None = None) -> dict:
     if device is not None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["processor"]
         facts |= {"device": device.type, "name": name}
+        if device.type == "cuda":
+            facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return facts
 
 
 def choose_device(name: str) -> torch.device:
     """`auto` (CUDA where there is one), `cpu` or `cuda`. Raises UserError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     with user_errors(f"Device {name!r} is not known", "Use auto, cpu or cuda.", RuntimeError):
         device = torch.device(name)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"Device {name!r} is not supported; use auto, cpu or cuda.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"Device {name!r}: PyTorch {torch.__version__} sees no such CUDA device here.")
+    if device.type == "cuda":
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise UserError(f"Device {name!r}: PyTorch sees no such CUDA device here, {count} in all.")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else equal work may end in other last digits
+        torch.cuda.set_device(device.index or 0)
+        torch.backends.cudnn.allow_tf32 = False  # which PyTorch has on for GRUs and off for products
+        torch.backends.cudnn.CUDNN_TENSOR_DTYPES.add(torch.bfloat16)  # so that GRUs' weights lie in one piece there too
     return device
+
+
+@contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Matrix products and GRUs of fp32 numbers on a GPU: in TF32 (10 bits of mantissa) if so named, else in full."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        for switch in switches:
+            switch.allow_tf32 = False
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -248,6 +272,12 @@ def read_tensors(path: Path, version: int, maker: str) -> dict:
     return state
 
 
+def result_path(name: str, facts: dict) -> Path:
+    """Where a figure measured on a `machine` is kept: results/NAME-cuda.json, or NAME-cpu-MAKER.json."""
+    maker = "" if facts["device"] == "cuda" else f"-{re.match('[a-z]*', facts['name'].lower())[0] or 'other'}"
+    return ROOT / "results" / f"{name}-{facts['device']}{maker}.json"
+
+
 def digest(*parts: str) -> str:
     """A short SHA-256 of the parts, to tell whether two inputs are the same."""
     return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:16]
@@ -262,8 +292,6 @@ def show(*things) -> None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    table = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    named = re.search(r"^model name\s*: (.*)$", table, re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()

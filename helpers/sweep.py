@@ -316,14 +316,3 @@ def write_profile(path: Path, study: optuna.Study) -> None:
     settings = {name: value for name, value in settings.items() if name in best.params or value != defaults[name]}
     head = f"# The best of {len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}, "
     write_text(path, f"{head}{LOSS} {best.value:.4f}.\n{yaml.safe_dump(settings, sort_keys=False)}")
-
-
-def seeds_table(run: Run, prepared: Prepared, choices: dict[str, Settings], seeds: int, device=CPU) -> pd.DataFrame:
-    """The validation loss of several settings at equal updates, each trained with `seeds` seeds that none of them has:
-    with the sweep's own, the best trial would only show once more what it was picked for."""
-    rows, first = [], max(settings.seed for settings in choices.values()) + 1
-    for seed, (name, settings) in itertools.product(range(first, first + seeds), choices.items()):
-        folder = Run(run.sweep / "seeds" / f"{name.replace(' ', '-')}-{seed}")
-        loss = train_trial(folder, prepared, settings.change(seed=seed), device, lambda row: None)
-        rows.append({"settings": name, "seed": seed, "updates": settings.updates, LOSS: loss})
-    return pd.DataFrame(rows)

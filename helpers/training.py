@@ -1,6 +1,6 @@
 """Training: one update, the loop around it, and checkpoints from which it resumes exactly."""
 
-import contextlib
+import copy
 import json
 import math
 import os
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from helpers.batches import BucketedSampler, Pairs, Prepared
 from helpers.evaluation import batch_loss, evaluate
 from helpers.model import Seq2Seq, new_model, parameter_count
-from helpers.run import Run, digest, display_path, read_tensors, timings, write_tensors
+from helpers.run import Run, choose_device, digest, display_path, products, read_tensors, timings, write_tensors
 from helpers.settings import Count, Settings, UserError, user_errors
 from helpers.text import Vocabulary
 
-FORMAT = 2  # of checkpoint.pt
+FORMAT = 3  # of checkpoint.pt
 # Raised by whoever changes what the same settings and data train to: an older checkpoint is then not resumed.
-MATHEMATICS = 1
+MATHEMATICS = 2
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -126,69 +127,152 @@ def learning_rate(settings: Settings, update: int) -> float:
     return rate
 
 
-def choose_precision(wanted: str, device: torch.device) -> str:
-    """`fp32` or `bf16`; `auto` takes bf16 where the device has units for it and a product shows that it is faster."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_units = any(there and "bf16" in name for name, there in torch.cpu.get_capabilities().items())
-    if not has_units:
-        return "fp32"
-    full = torch.ones(512, 512, device=device)
-    half = full.bfloat16()
-    return "bf16" if min(timings(lambda: half @ half, device)) < min(timings(lambda: full @ full, device)) else "fp32"
+def choose_precision(model: Seq2Seq, settings: Settings, pairs: Pairs) -> str:
+    """The precision that `settings` name; for `auto`, of those with units here, that of the fastest real updates."""
+    device, cuda = model.embedding.weight.device, model.embedding.weight.is_cuda
+    if settings.precision == "tf32" and not cuda:
+        raise UserError(f"precision=tf32 is a way of GPUs, not of {device}: choose fp32, bf16 or auto.")
+    units = [name for name, there in torch.cpu.get_capabilities().items() if there and "bf16" in name]
+    halves = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else units
+    candidates = ["fp32"] + ["tf32"] * cuda + ["bf16"] * bool(halves)
+    if settings.precision != "auto" or len(candidates) == 1:
+        return settings.precision.replace("auto", "fp32")
+    pairs, taken = pairs.to(device), {}
+    indices = BucketedSampler(pairs, settings.batch_size, settings.seed).epoch(0)[0]
+    with torch.random.fork_rng():
+        for precision in candidates:
+            trainer = Trainer(copy.deepcopy(model).to(device).train(), settings, precision)
+            taken[precision] = min(timings(lambda trainer=trainer: trainer.step(pairs, indices, 0), device, 4))
+    return min(taken, key=taken.get)
+
+
+class Launched(NamedTuple):
+    """An update that was launched, and its figures, which a GPU sends when it has come so far."""
+
+    update: int
+    indices: Tensor
+    facts: dict[str, float]  # known beforehand: learning rate and tokens
+    figures: Tensor  # loss and gradient norm, (2,), on the CPU
+    arrived: torch.cuda.Event | None
+
+    def row(self) -> dict[str, float]:
+        """Loss, gradient norm, learning rate and tokens. Waits for them.
+        Raises FloatingPointError if loss or gradient is not finite: the optimiser has then skipped the update."""
+        if self.arrived:
+            self.arrived.synchronize()
+        loss, norm = self.figures.tolist()
+        if not math.isfinite(loss + norm):
+            what = f"the loss is {loss} and the gradient norm {norm}"
+            raise FloatingPointError(f"Update {self.update + 1}: {what}, on examples {self.indices[:8].tolist()} …")
+        return {"loss": loss, "gradient_norm": norm, **self.facts}
+
+
+class Recorder:
+    """Work on a GPU, recorded as one CUDA graph for each shape: the first time it runs as it is, and libraries set
+    themselves up; the second time it is recorded; from then on all its kernels are launched at once."""
+
+    def __init__(self, work: Callable[..., Tensor]) -> None:
+        self.work, self.graphs = work, {}
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, pairs: Pairs, rows: Tensor, *shape) -> Tensor:
+        """What work(pairs, rows, *shape) gives; the next call overwrites it."""
+        key = (pairs.queries.data_ptr(), rows.shape, *shape)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if key not in self.graphs:
+                self.graphs[key], result = None, self.work(pairs, rows, *shape)
+            else:
+                if self.graphs[key] is None:
+                    graph, place = torch.cuda.CUDAGraph(), rows.clone()
+                    with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                        result = self.work(pairs, place, *shape)
+                    self.graphs[key] = graph, place, result
+                graph, place, result = self.graphs[key]
+                place.copy_(rows)
+                graph.replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
 
 
 class Trainer:
-    """A model, its optimiser and how they learn; `step` is one update."""
+    """A model, its optimiser and how they learn; `step` is one update.
+    In bf16 a second model computes: before each update it takes over the weights, rounded to 16 bits, and it gives its
+    gradients back; the weights that learn keep their 32 bits (arXiv:1710.03740, section 3.1)."""
 
     def __init__(self, model: Seq2Seq, settings: Settings, precision: str = "fp32") -> None:
         self.model, self.settings, self.precision = model, settings, precision
         self.optimizer = new_optimizer(model, settings)
+        self.computing, self.parameters, self.rounded = model, list(model.parameters()), []
+        if precision == "bf16":
+            self.computing = copy.deepcopy(model).bfloat16().train()
+            self.rounded = list(self.computing.parameters())
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        self.update, self.rates = self.learn, [None for _ in self.optimizer.param_groups]
+        if settings.cuda_graphs and model.embedding.weight.is_cuda and ranks()[1] == 1:
+            self.update = Recorder(self.learn)  # which reads each rate from one place
+            self.rates = [torch.zeros((), device=model.embedding.weight.device) for _ in self.rates]
 
     def step(self, pairs: Pairs, indices: Tensor, update: int) -> dict[str, float]:
-        """One step of the optimiser on the examples `indices`; returns loss, gradient norm, learning rate and tokens.
-        All random numbers are a function of the seed and the update (counted from 0), so none need saving.
-        Of several processes each takes every so-many-th example.
-        Raises FloatingPointError, before the optimiser's step, if loss or gradient is not finite."""
-        settings, (rank, world) = self.settings, ranks()
+        """One update on the examples `indices`: loss, gradient norm, learning rate and tokens.
+        Raises FloatingPointError if loss or gradient is not finite: the optimiser has then left the weights alone."""
+        return self.launch(pairs, indices, update).row()
+
+    def launch(self, pairs: Pairs, indices: Tensor, update: int) -> Launched:
+        """The same without waiting for a GPU to come so far.
+        All random numbers are a function of the seed and the update (counted from 0), so none need saving."""
+        settings, rank = self.settings, ranks()[0]
         torch.manual_seed(settings.seed * 1_000_003 + update + (rank << 48))
         teacher_forcing = random.Random(f"{settings.seed} {update}").random() < settings.teacher_forcing_ratio
         rate = learning_rate(settings, update)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["ratio"]
-        self.optimizer.zero_grad()
-        tokens, share = int(pairs.response_lengths[indices].sum()), indices[rank::world]
-        loss = torch.zeros((), device=pairs.queries.device)
-        if len(share):
-            batch = pairs.batch(share).with_dropout(settings.query_dropout, settings.word_dropout)
-            with torch.autocast(batch.query.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                loss = batch_loss(self.model, batch, teacher_forcing)[0] / tokens
-            loss.backward()
+        for group, place in zip(self.optimizer.param_groups, self.rates, strict=True):
+            own = rate * group["ratio"]
+            group |= {"lr": own if place is None else place.fill_(own), "capturable": place is not None}
+        with products(self.precision):
+            figures = self.update(pairs, pairs.upload(indices), *pairs.shape(indices), teacher_forcing)
+            figures = figures.to("cpu", non_blocking=True)
+        facts = {"learning_rate": rate, "tokens": int(pairs.response_lengths[indices].sum())}
+        arrived = torch.cuda.current_stream().record_event() if pairs.queries.is_cuda else None
+        return Launched(update, indices, facts, figures, arrived)
+
+    def learn(self, pairs: Pairs, rows: Tensor, query_time: int, response_time: int, forced: bool) -> Tensor:
+        """An update on uploaded `rows` (2, batch): forward, backward, optimiser, all on the device that holds them.
+        Of several processes each takes every so-many-th example. Returns loss and gradient norm, (2,)."""
+        settings, (rank, world) = self.settings, ranks()
+        idle = rank >= rows.size(1)  # more processes than examples: this one works for nothing
+        batch = pairs.batch_of(rows[:, :1] if idle else rows[:, rank::world], query_time, response_time)
+        batch = batch.with_dropout(settings.query_dropout, settings.word_dropout)
+        if self.rounded:
+            with torch.no_grad():
+                torch._foreach_copy_(self.rounded, self.parameters)
+        self.computing.zero_grad()
+        total, tokens = batch_loss(self.computing, batch, forced)
+        if idle:
+            total, tokens = total * 0, tokens * 0
         if world > 1:
-            loss = all_reduce(self.model, loss.detach())
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters()])
-        found = {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate, "tokens": tokens}
-        if not math.isfinite(found["loss"] + found["gradient_norm"]):
-            what = f"the loss is {found['loss']} and the gradient norm {found['gradient_norm']}"
-            raise FloatingPointError(f"Update {update + 1}: {what}, on training examples {indices[:8].tolist()} …")
-        if 0 < settings.clip < norm:  # below the limit, multiplying all gradients by 1 would be a pass for nothing
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.clip, norm)
+            dist.all_reduce(tokens)
+        loss = total / tokens
+        loss.backward()
+        if self.rounded:
+            gradients = ([parameter.grad for parameter in some] for some in (self.parameters, self.rounded))
+            torch._foreach_copy_(*gradients)
+        if world > 1:
+            all_reduce(self.model, loss.detach())
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        # The fused optimisers divide gradients by the one and skip the update for the other, with no pass of their own.
+        self.optimizer.grad_scale = (norm / settings.clip).clamp(min=1) if settings.clip else None
+        self.optimizer.found_inf = ((loss + norm) * 0 != 0).float()  # 0 for what is finite, NaN for all else
         self.optimizer.step()
-        return found
+        return torch.stack([loss.detach(), norm])
 
 
-def all_reduce(model: nn.Module, loss: Tensor) -> Tensor:
-    """Add up all processes' gradients, in place, and their losses. Each has divided its share's sum by the tokens of
+def all_reduce(model: nn.Module, loss: Tensor) -> None:
+    """Add up all processes' gradients and losses, in place. Each has divided its share's sum by the tokens of
     the whole batch, so these are what one process alone gets, but for dropout, which each draws for itself."""
     for parameter in model.parameters():
-        if parameter.grad is None:  # this process's share was empty
-            parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
     dist.all_reduce(loss)
-    return loss
 
 
 def join_processes(device: torch.device) -> torch.device:
@@ -196,8 +280,7 @@ def join_processes(device: torch.device) -> torch.device:
     if "LOCAL_RANK" not in os.environ:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -215,62 +298,61 @@ def broadcast(value):
     return values[0]
 
 
-def locked(run: Run) -> contextlib.AbstractContextManager:
-    """The run's folder locked by this process, or, of several that train together, by the first for all."""
-    return run.locked() if ranks()[0] == 0 else contextlib.nullcontext()
-
-
 def fit(
     run: Run, prepared: Prepared, settings: Settings, device: torch.device,
     callback: Callable[[dict], None] = lambda row: None, *, resume: bool = True, progress_bar: bool = True,
 ) -> Seq2Seq:  # fmt: skip
     """Train to the settings' last update or to early stopping, and return the model with the best validation loss.
-
     Every `validate_every` updates the validation loss is measured and the checkpoint written. `callback` is given each
     row of `metrics.jsonl` when it is made: of an update, {update, loss, …}, or of a validation, {update,
     validation_loss}; what it raises ends the training. With `resume` a training goes on from the folder's checkpoint,
     to exactly what an uninterrupted one gives; a checkpoint of other settings or data is refused. Without, it starts
     over, and a checkpoint that is there is kept under another name. Under torchrun each process takes its share of
-    every batch, and the first alone writes files.
-
-    Raises Interrupted on Ctrl-C, NotFiniteError when a loss or gradient is not finite (both keep the last checkpoint),
-    and UserError when another process trains here.
-    """
+    every batch, and the first alone writes files. Raises Interrupted on Ctrl-C, NotFiniteError when a loss or gradient
+    is not finite (both keep the last checkpoint), and UserError when another process trains here."""
     from tqdm.auto import tqdm  # here, since trained models are also used where there is no tqdm
 
     first = ranks()[0] == 0
-    with locked(run):
+    with run.locked(first):  # by the first process for all
         model = new_model(settings, len(prepared.vocabulary)).to(device)
         trainer, progress, state = _begin(run, prepared, settings, model, resume)
         train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
         batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
         bar = tqdm(total=settings.updates, initial=progress.update, disable=not (progress_bar and first), unit="update")
-        kept, rows = progress.update, []
+        kept, rows, launched, clock = progress.update, [], None, time.perf_counter()
 
         def report(**row) -> None:
-            row = {"update": progress.update, **row}
             if first:
                 rows.append(row)
             callback(row)
+
+        def report_update() -> None:
+            nonlocal clock
+            row, before, clock = launched.row(), clock, time.perf_counter()
+            report(update=launched.update + 1, **row, seconds=round(clock - before, 4))
+            bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
+            bar.update()
 
         model.train()
         try:
             with torch.random.fork_rng(), bar:
                 while not progress.over(settings):
-                    started, indices = time.perf_counter(), next(batches)
-                    found = trainer.step(train, indices, progress.update)
+                    following = trainer.launch(train, next(batches), progress.update)
+                    if launched:  # the update before: a GPU has the next one already
+                        report_update()
+                    launched = following
                     progress.update += 1
-                    report(**found, seconds=round(time.perf_counter() - started, 4))
-                    bar.set_postfix(loss=f"{found['loss']:.3f}", best=f"{progress.best_loss:.3f}", refresh=False)
-                    bar.update()
                     if progress.update % settings.validate_every and progress.update < settings.updates:
                         continue
+                    report_update()
+                    launched = None
                     loss = broadcast(evaluate(model, validation).per_token)
                     if not math.isfinite(loss):
                         raise FloatingPointError(f"The validation loss after update {progress.update} is {loss}.")
                     if progress.is_best(loss):
                         state.best_model = _copy(model)
-                    report(validation_loss=loss)
+                    report(update=progress.update, validation_loss=loss)
+                    clock = time.perf_counter()
                     if first:
                         run.append_metrics(rows)
                         state.model, state.optimizer = model.state_dict(), trainer.optimizer.state_dict()
@@ -280,6 +362,7 @@ def fit(
         except FloatingPointError as error:
             if first:
                 run.append_metrics(rows)
+            indices = (launched or following).indices
             query = " ".join(prepared.vocabulary.decode(train.queries[indices[0]].tolist()))
             remedy = "In another run, try a lower learning_rate, clip=1, or precision=fp32."
             raise NotFiniteError(f"{error} The last batch begins with {query!r}. {_kept(run, kept)} {remedy}") from None
@@ -334,7 +417,7 @@ def _begin(
     else:
         if first and run.checkpoint.exists():
             print(f"the former checkpoint is kept as {display_path(run.keep_checkpoint())}", file=sys.stderr)
-        precision = broadcast(choose_precision(settings.precision, model.embedding.weight.device))
+        precision = broadcast(choose_precision(model, settings, prepared.splits["train"]))
         trainer, progress, rows = Trainer(model, settings, precision), Progress(), []
         made_from, vocabulary = training_digest(settings, prepared), prepared.vocabulary.to_json()
         state = Checkpoint(settings.to_dict(), vocabulary, made_from, precision, {}, _copy(model), {}, {})

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.batches import BucketedSampler, Pairs, Prepared, prepare, split
+from helpers.batches import SIZES, BucketedSampler, Pairs, Prepared, prepare, split
 from helpers.corpus import Corpus, Exchange, read_corpus
-from helpers.settings import Settings, UserError
+from helpers.settings import Settings, UserError, load_profile
 from helpers.text import EOS, PAD, SOS, UNK, tokenise
 from tests.conftest import TINY
 
@@ -90,7 +90,10 @@ def test_too_little_for_three_parts_is_an_error():
 def test_a_batch_is_padded_shifted_and_masked(prepared):
     train = prepared.splits["train"]
     batch = train.batch(torch.tensor([3, 0, 5]))
-    assert batch.query.shape == (3, int(batch.query_lengths.max()))
+    for ids, lengths in ((batch.query, train.query_lengths), (batch.targets, train.response_lengths)):
+        longest = int(lengths[[3, 0, 5]].max())
+        assert ids.shape == (3, min(size for size in SIZES if size >= longest))
+    assert torch.equal(batch.query_lengths, train.query_lengths[[3, 0, 5]])
     for row, index in enumerate([3, 0, 5]):
         length, words = train.query_lengths[index], train.response_lengths[index]
         assert batch.query[row, :length].tolist() == train.queries[index, :length].tolist()
@@ -98,15 +101,29 @@ def test_a_batch_is_padded_shifted_and_masked(prepared):
         assert batch.targets[row, words - 1] == EOS
         assert batch.inputs[row, 0] == SOS
         assert batch.inputs[row, 1:words].tolist() == batch.targets[row, : words - 1].tolist()
-        assert batch.target_mask[row].sum() == words
+        assert (batch.targets[row, words:] == PAD).all()
 
 
-def test_an_epoch_has_every_example_once_and_depends_on_seed_and_epoch_alone(prepared):
+@pytest.mark.parametrize("size", [1, 7, 32, 10_000])
+def test_an_epoch_has_every_example_and_twice_only_what_fills_the_last_batch(prepared, size):
+    train = prepared.splits["train"]
+    sampler = BucketedSampler(train, size, seed=1)
+    twice = []
+    for number in range(3):
+        epoch = sampler.epoch(number)
+        assert len(epoch) == sampler.batches_per_epoch == -(-len(train) // size)
+        assert {len(batch) for batch in epoch} == {min(size, len(train))}
+        counts = torch.cat(epoch).bincount(minlength=len(train))
+        assert set(counts.tolist()) <= {1, 2}
+        twice.append((counts == 2).nonzero().flatten().tolist())
+        assert len(twice[-1]) == -len(train) % min(size, len(train))
+    assert not twice[0] or twice[0] != twice[1], "others in each epoch"
+
+
+def test_an_epoch_depends_on_seed_and_epoch_alone(prepared):
     train = prepared.splits["train"]
     sampler = BucketedSampler(train, 32, seed=1)
     epoch = sampler.epoch(0)
-    assert sorted(torch.cat(epoch).tolist()) == list(range(len(train)))
-    assert len(epoch) == sampler.batches_per_epoch
     again = BucketedSampler(train, 32, seed=1).epoch(0)
     assert all(torch.equal(a, b) for a, b in zip(epoch, again, strict=True))
     for other in (sampler.epoch(1), BucketedSampler(train, 32, seed=2).epoch(0)):
@@ -131,6 +148,22 @@ def test_buckets_waste_less_padding(prepared):
     train = prepared.splits["train"]
     random_batches = list(torch.randperm(len(train)).split(16))
     assert padding_share(BucketedSampler(train, 16, 1).epoch(0), train) < 0.5 * padding_share(random_batches, train)
+
+
+def test_an_epoch_of_the_series_own_corpus_has_few_shapes():
+    train = prepare(read_corpus("sample"), load_profile("sample")).splits["train"]
+    shapes = {train.shape(indices) for indices in BucketedSampler(train, 64, 1).epoch(0)}
+    assert {time for shape in shapes for time in shape} <= set(SIZES)
+    assert len(shapes) <= 20, sorted(shapes)
+    one = train.batch(torch.tensor([0]))
+    assert (one.query.size(1), one.targets.size(1)) == train.shape(torch.tensor([0]))
+
+
+def test_the_longest_line_that_settings_allow_has_a_size(prepared):
+    words = ["yes"] * 2001  # a query, EOS and the line before it
+    pairs = Pairs.from_words([(words, words[:1000])], prepared.vocabulary)
+    assert pairs.queries.size(1) >= 2001
+    assert sorted(set(SIZES)) == SIZES
 
 
 def test_prepared_data_survives_saving(prepared, tmp_path):
@@ -176,7 +209,8 @@ def test_the_digest_tells_the_files_contents_apart_wherever_they_lie(corpus_fold
 
 def test_an_empty_query_is_silence(prepared):
     pairs = Pairs.from_words([([], ["yes"])], prepared.vocabulary)
-    assert pairs.queries.tolist() == [[EOS]]
+    assert pairs.queries.tolist() == [[EOS, PAD]]
+    assert pairs.query_lengths.tolist() == [1]
 
 
 def test_openers_answer_silence_and_are_trained_on_only(corpus_folder):

@@ -33,10 +33,10 @@ def test_the_table_gives_medians_of_the_rounds_ratios_and_their_spread():
 
 
 def test_the_pictures_show_the_measured_numbers():
-    figure = ratios(bench.compared(FOUND), "times")
+    figure = ratios({"here": bench.compared(FOUND)}, "times")
     texts = [text.get_text().strip() for text in figure.axes[0].texts]
-    assert texts == ["4.7×", "2.2×", "5.0×", "2.0×", "30.0×", "4.0×"]
-    figure = scale(FOUND["scale"])
+    assert texts == ["4.67×", "2.20×", "5.00×", "2.00×", "30.0×", "4.00×"]
+    figure = scale({"here": FOUND["scale"]})
     assert np.allclose(figure.axes[0].lines[0].get_ydata(), [1, 10])
     plt.close("all")
 

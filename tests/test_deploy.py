@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.decoding import GreedySearch
-from helpers.deploy import BlockSearch, captured, compiled, load_scripted, quantised, save_scripted, script
+from helpers.deploy import BlockSearch, captured, cell, compiled, load_scripted, quantised, save_scripted, script
 from helpers.evaluation import evaluate
 from helpers.latency import answers, parity
 from helpers.model import new_model
@@ -48,9 +48,20 @@ def test_every_kind_of_model_scripts_and_goes_in_blocks(prepared, score, feeding
     some = prepared.splits["test"].first(30)
     assert compared(model, script(model), some, 8)["different"] == 0
     for count in (1, 5):
-        blocks = BlockSearch(model, lambda steps, example: steps, longest_query=25, count=count)
+        blocks = BlockSearch(model, lambda work, example: work, longest_query=25, count=count)
         assert compared(model, blocks, some, 8, size=7)["different"] == 0
         assert len(blocks.runs) == 2, "one a batch size: 7, and 2 that are left over"
+
+
+@torch.no_grad()
+def test_the_gates_written_out_are_a_gru_cell(monkeypatch):
+    torch.manual_seed(0)
+    layer, inputs, state = torch.nn.GRU(6, 5, batch_first=True), torch.randn(3, 6), torch.randn(3, 5)
+    plain = cell(inputs, state, layer)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch, "gru_cell", lambda *_: pytest.fail("a compiler cannot look inside"))
+    assert torch.allclose(cell(inputs, state, layer), plain, atol=1e-6)
+    assert torch.allclose(plain, layer(inputs.unsqueeze(1), state.unsqueeze(0))[0][:, 0], atol=1e-6)
 
 
 def test_blocks_stop_when_all_replies_have_ended(saved, prepared):
@@ -83,7 +94,7 @@ def test_steps_export(saved, prepared):
 
 def test_steps_in_bf16_and_weights_in_int8_answer_much_the_same(saved, prepared):
     model, *_ = saved
-    half = BlockSearch(copy.deepcopy(model).bfloat16(), lambda steps, example: steps, 25)
+    half = BlockSearch(copy.deepcopy(model).bfloat16(), lambda work, example: work, 25)
     for search in (half, script(quantised(model))):
         counts = compared(model, search, prepared.splits["test"], max_words=1)
         assert counts["identical"] > 0.7 * len(prepared.splits["test"]), counts

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.compare import choice_accuracy, unigram_perplexity
 from helpers.batches import Pairs
 from helpers.decoding import beam_search, greedy
 from helpers.evaluation import (
     Likelihood,
     batch_loss,
     bleu,
-    choice_accuracy,
     commonest_reply,
     distinct,
     evaluate,
@@ -21,7 +21,6 @@ from helpers.evaluation import (
     replies_of,
     reply_metrics,
     score,
-    unigram_perplexity,
 )
 from helpers.model import new_model
 from helpers.settings import UserError
@@ -63,7 +62,7 @@ def test_padding_counts_for_nothing_in_loss_and_gradient(prepared, teacher_forci
         model.zero_grad()
         losses = [batch_loss(model, train.batch(torch.tensor(list(part))), teacher_forcing) for part in rows]
         sum(total for total, _ in losses).backward()
-        found.append((sum(total.item() for total, _ in losses), sum(tokens for _, tokens in losses)))
+        found.append((sum(total.item() for total, _ in losses), sum(int(tokens) for _, tokens in losses)))
         found[-1] += ([parameter.grad.clone() for parameter in model.parameters()],)
     (total, tokens, gradients), (expected, count, alone) = found
     assert tokens == count == int(train.response_lengths[:12].sum())
@@ -84,6 +83,13 @@ def test_evaluation_does_not_depend_on_batches_and_leaves_the_mode_alone(prepare
     assert model.training
     assert evaluate(model.eval(), part) == b
     assert not model.training
+
+
+def test_loss_and_tokens_stay_on_the_device(prepared):
+    total, tokens = batch_loss(
+        new_model(TINY, len(prepared.vocabulary)), prepared.splits["train"].batch(torch.arange(9))
+    )
+    assert all(isinstance(value, torch.Tensor) and value.shape == () for value in (total, tokens))
 
 
 def test_free_running_feeds_back_the_models_own_words(prepared):
@@ -109,10 +115,15 @@ def test_score_charges_unknown_words_and_cuts_nothing(prepared):
     assert result["perplexity"] == pytest.approx(math.exp(result["nll_per_token"]))
     alone = score(model, vocabulary, [("hello", "zebra xylophone")])
     pairs = Pairs.from_words([(["hello"], ["zebra", "xylophone"])], vocabulary)
-    assert pairs.responses.tolist() == [[UNK, UNK, EOS]]
+    assert pairs.responses.tolist() == [[UNK, UNK, EOS, PAD]]
     assert alone["nll_per_response"] == pytest.approx(evaluate(model, pairs).nll + 2 * math.log(100), rel=1e-6)
     with pytest.raises(UserError, match="Pair 1"):
         score(model, vocabulary, [("🙂", "yes")])
+
+
+def test_a_response_of_any_length_is_scored_whole(prepared):
+    model = new_model(TINY, len(prepared.vocabulary)).eval()
+    assert score(model, prepared.vocabulary, [("hello", "no " * 4000)])["tokens"] == 4001
 
 
 def test_log_probability_does_not_depend_on_how_many_are_asked_at_once(trained, prepared, monkeypatch):

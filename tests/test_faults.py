@@ -423,7 +423,7 @@ def test_numbers_gone_wrong_are_found_at_their_step(prepared, tmp_path, monkeypa
         with pytest.raises(NotFiniteError) as raised:
             fit(run, prepared, TINY, CPU, progress_bar=False)
     told = re.fullmatch(
-        r"Update 7: the loss is (\S+) and the gradient norm nan, on training examples \[([\d, ]+)\] …\.? "
+        r"Update 7: the loss is (\S+) and the gradient norm nan, on examples \[([\d, ]+)\] …\.? "
         r"The last batch begins with ['\"](.*)['\"]\. (\S+) of update 4 is kept\. "
         r"In another run, try a lower learning_rate, clip=1, or precision=fp32\.",
         str(raised.value),

@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from benchmarks import classic
+from benchmarks.textbook import textbook_greedy
 from helpers import latency
 from helpers.__main__ import main
 from helpers.batches import Prepared
 from helpers.decoding import GreedySearch
-from helpers.latency import Subject, answers, measure, parity, report, table, textbook_greedy
+from helpers.latency import Subject, answers, measure, parity, report, table
 from helpers.model import new_model
 from helpers.run import Run
 from helpers.settings import UserError
 from helpers.training import load_model
 from tests.conftest import CPU, TINY
+
+GRAPHS = ("CUDA graphs", "CUDA graphs, compiled", "CUDA graphs TF32", "CUDA graphs bf16")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,9 @@ def bot(trained, prepared):
 
 
 def rows_of(bot, compilation=False, **options):
-    rows, left_out = table(Subject("m", *bot, 12), [1, 4], queries=20, replies=10, compilation=compilation, **options)
+    rows, left_out = table(
+        Subject("m", *bot, 12, textbook_greedy), [1, 4], queries=20, replies=10, compilation=compilation, **options
+    )
     return pd.DataFrame(rows), left_out
 
 
@@ -60,6 +65,20 @@ def test_what_follows_the_end_is_no_answer(bot):
     assert parity(model, test, answers(GreedySearch(model).eval(), test, 12), textbook)["different"] == 0
 
 
+def test_the_textbook_answers_one_query_and_has_its_own_time_a_reply(bot):
+    model, test = bot
+    asked = {"textbook": set(), "eager": set()}
+
+    def noted(name):
+        search = GreedySearch(model).eval()
+        return lambda query, *given: asked[name].add(len(query)) or search(query, *given)
+
+    measure({name: noted(name) for name in asked}, test, 4, max_words=3, replies=8)
+    assert asked == {"textbook": {1}, "eager": {4}}
+    rows = rows_of(bot)[0].set_index("variant").loc["textbook"]
+    assert (rows["timed"] == 15).all(), "a reply a call at any size"
+
+
 def test_enough_replies_are_timed_in_turn(bot):
     model, test = bot
     turns = []
@@ -82,7 +101,7 @@ def test_a_table_has_a_row_a_variant_and_batch_size(bot):
     assert (timed["timed"] >= 10).all()
     assert (timed["vs eager"][timed["variant"] == "eager"] == 1).all()
     assert (timed["vs textbook"][timed["variant"] == "textbook"] == 1).all()
-    assert set(left_out) == {"torch.compile", "AOTInductor", "CUDA graphs", "CUDA graphs bf16"}
+    assert set(left_out) == {"torch.compile", "AOTInductor", *GRAPHS}
     assert "CUDA device" in left_out["CUDA graphs"]
     shown = latency.as_table(rows.to_dict("records")).set_index("variant")
     assert shown.loc["TorchScript", "perplexity"].isna().all()  # it is eager's
@@ -118,9 +137,9 @@ def test_the_classic_size_answers_in_ten_words(prepared, monkeypatch):
     assert (classic.CLASSIC.hidden_size, classic.CLASSIC.layers, classic.WORDS) == (500, 2, 7_800)
     monkeypatch.setattr(classic, "CLASSIC", TINY)
     monkeypatch.setattr(classic, "UPDATES", 60)
-    name, model, test, max_words = classic.classic(prepared, CPU)
+    name, model, test, max_words, textbook = classic.classic(prepared, CPU)
     assert name.startswith("classic: ")
-    assert max_words == 10
+    assert (max_words, textbook) == (10, textbook_greedy)
     assert model.output.out_features == classic.WORDS
     assert (test.response_lengths == 10).all()
     assert (test.responses[:, :10] > 2).all()
@@ -145,7 +164,8 @@ write_json(pathlib.Path({str(tmp_path / "t.json")!r}),
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "t.json").read_text())
-    assert {row["variant"] for row in kept["rows"]} >= {"textbook", "eager", "TorchScript"}
+    assert {row["variant"] for row in kept["rows"]} >= {"eager", "TorchScript"}
+    assert kept["left out"]["textbook"] == "it was not given"
     assert kept["machine"]["threads"] >= 1
     assert "CUDA graphs" in kept["left out"] or torch.cuda.is_available()
     assert len(pd.read_csv(trained.latency)) == len(kept["rows"])

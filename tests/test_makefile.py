@@ -45,6 +45,27 @@ def make(tmp_path):
     return call
 
 
+def test_gpu_measures_with_what_the_machine_has_and_keeps_what_was_measured(make):
+    """Without an environment of its own: packages named in PYTHONPATH stay, and a stage that fails costs no other."""
+    (make.folder / "results").mkdir()
+    stub = make.folder / "measure"
+    stub.write_text("""#!/bin/sh
+echo "$PYTHONPATH $@" > told
+mkdir -p "${10}" && echo "{}" > "${10}/bench-cuda.json"
+exit 1
+""")
+    stub.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", "gpu", "VENV=", f"PYTHON={stub}", "BUDGET=30"],
+        cwd=make.folder, env=environment | {"PYTHONPATH": "/some where:/else"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode
+    expected = "-m benchmarks.gpu --device cuda --corpus sample --budget 30 --out runs/gpu"
+    assert (make.folder / "told").read_text().strip() == f"{make.folder}/:/some where:/else {expected}"
+    assert (make.folder / "results" / "bench-cuda.json").is_file()
+
+
 ALL = ["01", "02", "03", "04", "05", "06", "07"]
 
 

@@ -3,6 +3,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from helpers.batches import Pairs
 from helpers.decoding import greedy
@@ -66,14 +67,14 @@ def test_scores_are_the_papers_equations(score):
         if score == "dot":
             expected = h @ h_s
         elif score == "general":
-            expected = h @ attention.for_keys.weight @ h_s
+            expected = h @ attention.keys.weight @ h_s
         elif score == "concat":
-            w_a = torch.cat([attention.for_queries.weight, attention.for_keys.weight], 1)
+            w_a = torch.cat([attention.for_queries.weight, attention.keys.weight], 1)
             expected = attention.v @ torch.tanh(w_a @ torch.cat([h, h_s]))
         else:
             pytest.fail(f"write the equation of {score} here")
         assert torch.allclose(scores[b, t, s], expected, atol=1e-5)
-    context, weights = attention(hidden, Memory(states, attention.keys(states), torch.ones(2, 4, dtype=torch.bool)))
+    context, weights = attention(hidden, Memory(states, attention.keys(states), torch.zeros(2, 4, dtype=torch.bool)))
     assert torch.allclose(weights, torch.softmax(scores, 2))
     assert torch.allclose(context[1, 2], weights[1, 2] @ states[1], atol=1e-5)
 
@@ -93,7 +94,7 @@ def test_every_layer_and_direction_of_the_encoder_reaches_the_decoders_start():
     _, hidden = encoder(torch.randn(3, 6, 4), torch.tensor([6, 2, 4]))
     assert hidden.shape == (2, 3, 5)
     hidden.square().sum().backward()
-    for name, parameter in encoder.gru.named_parameters():
+    for name, parameter in encoder.named_parameters():
         if "weight_hh" in name:
             assert parameter.grad.abs().sum() > 0, name
 
@@ -104,9 +105,61 @@ def test_the_bridge_takes_the_last_forward_and_the_first_backward_state():
     embedded, lengths = torch.randn(2, 6, 4), torch.tensor([6, 3])
     _, hidden = encoder(embedded, lengths)
     for row, length in enumerate(lengths):
-        outputs, _ = encoder.gru(embedded[row : row + 1, :length])
-        ends = torch.cat([outputs[0, -1, :5], outputs[0, 0, 5:]])
-        assert torch.allclose(hidden[0, row], torch.tanh(encoder.bridges[0](ends)), atol=1e-6)
+        words, (layer,) = embedded[row : row + 1, :length], encoder.layers
+        ends = [gru(some)[1][0, 0] for gru, some in ((layer.along, words), (layer.against, words.flip(1)))]
+        assert torch.allclose(hidden[0, row], torch.tanh(layer.bridge(torch.cat(ends))), atol=1e-6)
+
+
+def packed_twin(encoder, inputs):
+    """An nn.GRU of both directions with the encoder's own weights."""
+    count, hidden = len(encoder.layers), encoder.layers[0].along.hidden_size
+    twin = nn.GRU(inputs, hidden, count, batch_first=True, bidirectional=True)
+    for name, _ in list(twin.named_parameters()):
+        kind, number = name.removesuffix("_reverse").rsplit("_l", 1)
+        layer = encoder.layers[int(number)]
+        gru = layer.against if name.endswith("_reverse") else layer.along
+        twin.get_parameter(name).data.copy_(gru.get_parameter(f"{kind}_l0"))
+    return twin
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_encoder_is_a_gru_of_both_directions_on_packed_queries(layers):
+    torch.manual_seed(0)
+    encoder = Encoder(12, 16, layers, 0.0)
+    twin, lengths = packed_twin(encoder, 12), torch.tensor([9, 1, 4, 7, 2])
+    embedded = torch.randn(5, 9, 12)
+    words = (torch.arange(9) < lengths.unsqueeze(1)).unsqueeze(2)
+    packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+    expected, ends = twin(packed)
+    expected, _ = nn.utils.rnn.pad_packed_sequence(expected, batch_first=True)
+    expected = expected[:, :, :16] + expected[:, :, 16:]
+    ends = ends.view(layers, 2, 5, 16)
+    bridged = [torch.tanh(layer.bridge(torch.cat([*ends[n]], 1))) for n, layer in enumerate(encoder.layers)]
+    outputs, hidden = encoder(embedded, lengths)
+    assert torch.allclose(outputs * words, expected, atol=1e-6)
+    assert torch.allclose(hidden, torch.stack(bridged), atol=1e-6)
+    (outputs * words).square().sum().add(hidden.sum()).backward()
+    bridge = [layer.bridge.weight.grad.clone() for layer in encoder.layers]
+    for layer in encoder.layers:
+        layer.bridge.zero_grad()
+    expected.square().sum().add(torch.stack(bridged).sum()).backward()
+    for number, layer in enumerate(encoder.layers):
+        assert torch.allclose(layer.bridge.weight.grad, bridge[number], atol=1e-5)
+        for gru, suffix in ((layer.along, ""), (layer.against, "_reverse")):
+            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                own, other = gru.get_parameter(f"{kind}_l0"), twin.get_parameter(f"{kind}_l{number}{suffix}")
+                assert torch.allclose(own.grad, other.grad, rtol=1e-4, atol=1e-5), (kind, number, suffix)
+
+
+@torch.no_grad()
+def test_what_stands_at_padding_changes_nothing():
+    encoder, lengths = Encoder(4, 5, layers=2, dropout=0.0), torch.tensor([6, 3, 1])
+    embedded = torch.randn(3, 6, 4)
+    words = (torch.arange(6) < lengths.unsqueeze(1)).unsqueeze(2)
+    other = torch.where(words, embedded, torch.full_like(embedded, 99.0))
+    (outputs, hidden), (again, state) = (encoder(given, lengths) for given in (embedded, other))
+    assert torch.equal(outputs * words, again * words)
+    assert torch.equal(hidden, state)
 
 
 def test_tied_weights_are_one_matrix_counted_once():

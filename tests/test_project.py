@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -178,28 +179,85 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
         assert (ROOT / "".join(link)).is_file(), link
 
 
-def test_readme_hides_no_way_that_failed_or_was_left_out():
-    from readme_tables import latency, result
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The project's results in a folder of the test's own: `results(name)` reads one, `results(name, new)` writes."""
+    import readme_tables
 
-    found = result("latency-cpu.json")
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+
+    def file(name, new=None):
+        path = tmp_path / "results" / name
+        if new is not None:
+            path.write_text(json.dumps(new))
+        return json.loads(path.read_text())
+
+    file.folder = tmp_path / "results"
+    return file
+
+
+def test_readme_hides_no_way_that_failed_or_was_left_out(results):
+    from readme_tables import latency
+
+    found = results("latency-cpu-amd.json")
     untimed = {"identical": 9, "compared": 10, "parity": False}
     rows = [row | untimed if row["variant"] == "TorchScript int8" else row for row in found["rows"]]
     rows = [{key: value for key, value in row.items() if row["parity"] or key != "p50 ms"} for row in rows]
     rows = [row for row in rows if (row["variant"], row["model"][:7]) != ("AOTInductor", "classic")]
-    lines = latency(found | {"rows": rows}).splitlines()
-    assert sum("int8 | failed parity | failed parity | failed parity" in line for line in lines) == 2
-    assert sum("AOTInductor | left out | left out | left out" in line for line in lines) == 1
+    left_out = found["left out"] | {"AOTInductor": "RuntimeError: no compiler"}
+    results("latency-cpu-amd.json", found | {"rows": rows, "left out": left_out})
+    for path in results.folder.glob("latency-*.json"):
+        if "amd" not in path.name:
+            path.unlink()
+    text = latency()
+    assert "| TorchScript int8 | failed parity | failed parity |" in text
+    assert "| AOTInductor | left out | left out |" in text
+    assert "RuntimeError: no compiler" in text
+    assert "| CUDA graphs | – | – |" in text  # a CPU cannot
 
 
-def test_the_package_asks_for_what_it_imports():
+def test_machines_stand_side_by_side_and_what_nobody_measured_says_so(results):
+    from readme_tables import TABLES, latency
+
+    found = results("latency-cpu-amd.json")
+    other = found | {
+        "machine": found["machine"] | {"name": "NVIDIA H1", "device": "cuda"},
+        "rows": [row for row in found["rows"] if row["variant"] != "torch.compile"],
+        "left out": {"torch.compile": "compilation was not asked for"},
+    }
+    results("latency-cuda.json", other)
+    lines = latency().splitlines()
+    assert "NVIDIA H1, batch 1" in lines[0]
+    row = next(line for line in lines if line.startswith("| torch.compile |"))
+    assert row.endswith("| not measured | not measured |")
+    for path in results.folder.glob("*-c*-*.json"):
+        path.unlink()
+    for path in results.folder.glob("*-cuda.json"):
+        path.unlink()
+    for name in ("bench", "latency", "profile", "gpu"):
+        assert TABLES[name]().startswith("Not measured")
+
+
+def test_the_share_of_the_limit_is_what_reading_the_weights_takes_at_least():
+    from readme_tables import least_milliseconds, numbers_read
+
+    grus = 2 * (3 * 500 * (500 + 500) + 2 * 1500)
+    assert numbers_read() == grus + (1000 * 500 + 500) + (500 * 7800 + 7800)
+    assert least_milliseconds("eager", 40.0) == pytest.approx(1e3 * 10 * 4 * numbers_read() / 40e9)
+    assert least_milliseconds("CUDA graphs bf16", 40.0) == least_milliseconds("eager", 80.0)
+    assert least_milliseconds("TorchScript int8", 40.0) == least_milliseconds("eager", 160.0)
+
+
+def test_the_packages_ask_for_what_they_import():
     named = {"sklearn": "scikit-learn", "yaml": "PyYAML", "IPython": "ipython"}
     imports = set()
-    for path in (ROOT / "helpers").glob("*.py"):
+    for path in [*(ROOT / "helpers").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             imports |= {name.partition(".")[0] for name in names if name}
-    foreign = imports - set(sys.stdlib_module_names) - {"helpers"}
+    foreign = imports - set(sys.stdlib_module_names) - {"helpers", "benchmarks"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert sorted(named.get(name, name) for name in foreign) == sorted(project["dependencies"])
 

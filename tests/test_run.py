@@ -20,6 +20,7 @@ from helpers.run import (
     machine,
     no_garbage_collection,
     require,
+    result_path,
     show,
 )
 from helpers.settings import UserError
@@ -149,3 +150,16 @@ def test_an_error_shows_a_notebook_its_sentence_and_not_the_way_to_it(capsys):
     told = capsys.readouterr().out.strip()
     assert told.startswith("UserError: There is no profile 'nonesuch'")
     assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "file"),
+    [
+        ("cpu", "AMD EPYC 9B14", "bench-cpu-amd.json"),
+        ("cpu", "Intel(R) Xeon(R) Processor", "bench-cpu-intel.json"),
+        ("cpu", "", "bench-cpu-other.json"),
+        ("cuda", "NVIDIA H100 80GB HBM3", "bench-cuda.json"),
+    ],
+)
+def test_figures_are_kept_by_the_machine_that_gave_them(device, name, file):
+    assert result_path("bench", {"device": device, "name": name}) == ROOT / "results" / file

@@ -27,9 +27,10 @@ BOUNDS = {
 }  # fmt: skip
 WORDS = {
     "long_queries": ("drop", "cut"), "rare_words": ("unknown", "drop"), "attention": ("dot", "general", "concat"),
-    "optimizer": ("adam", "adamw", "sgd"), "schedule": ("constant", "cosine"), "precision": ("auto", "fp32", "bf16"),
+    "optimizer": ("adam", "adamw", "sgd"), "schedule": ("constant", "cosine"),
+    "precision": ("auto", "fp32", "tf32", "bf16"),
 }  # fmt: skip
-SWITCHES = ("openers", "input_feeding", "tie_weights")
+SWITCHES = ("cuda_graphs", "openers", "input_feeding", "tie_weights")
 INTS = [name for name, (low, _) in BOUNDS.items() if type(low) is int]
 FLOATS = [name for name in BOUNDS if name not in INTS]
 

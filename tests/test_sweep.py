@@ -12,6 +12,7 @@ from wandb.sdk.launch.sweeps import utils as agent
 
 import helpers.sweep
 from benchmarks import sweep_report
+from benchmarks.sweep_report import seeds_table
 from helpers.__main__ import main
 from helpers.batches import Prepared
 from helpers.run import ROOT, Run
@@ -23,7 +24,6 @@ from helpers.sweep import (
     planned,
     read_sweep,
     run_sweep,
-    seeds_table,
     trial_table,
     write_profile,
 )

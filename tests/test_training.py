@@ -315,11 +315,6 @@ def test_metrics_of_a_killed_run_are_read_up_to_the_torn_line(tmp_path):
     assert run.read_metrics() == [{"update": 1, "loss": 2.0}]
 
 
-def test_precision_is_what_was_asked_for_or_a_choice_of_two():
-    assert choose_precision("bf16", CPU) == "bf16"
-    assert choose_precision("auto", CPU) in ("fp32", "bf16")
-
-
 def test_bf16_trains(prepared, tmp_path):
     run = train(tmp_path, prepared, TINY.change(precision="bf16"))
     assert Checkpoint.load(run.checkpoint).precision == "bf16"
@@ -334,7 +329,7 @@ def step_by_step(model, batch, teacher_forcing=True):
     for words, targets in zip(batch.inputs.unbind(1), batch.targets.unbind(1), strict=True):
         logits, state = model.step(words, state, memory)
         losses.append(nn.functional.cross_entropy(logits.float(), targets, ignore_index=PAD, reduction="sum"))
-    return torch.stack(losses).sum(), int((batch.targets != PAD).sum())
+    return torch.stack(losses).sum(), (batch.targets != PAD).sum()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -359,3 +354,182 @@ def test_words_looked_up_together_give_the_gradient_of_both_lookups(prepared):
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# One update
+
+
+def by_hand(model, settings, pairs, indices):
+    """An update without anything of ours: the mean loss, clip_grad_norm_ and a plain optimiser's step."""
+    slow = {id(parameter) for part in (model.embedding, model.encoder) for parameter in part.parameters()}
+    groups = [[p for p in model.parameters() if (id(p) in slow) == kind] for kind in (True, False)]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
+    optimizer = kind(
+        [{"params": some, "lr": settings.learning_rate * ratio}
+         for some, ratio in zip(groups, (1, settings.decoder_learning_ratio), strict=True)],
+        weight_decay=settings.weight_decay, fused=False, foreach=False,
+    )  # fmt: skip
+    batch = pairs.batch(indices)
+    logits = model(batch.query, batch.query_lengths, batch.inputs)
+    nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=PAD).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("clip", [0.05, 100.0])
+def test_an_update_is_clipped_and_stepped_as_pytorch_would(prepared, optimizer, clip):
+    settings = TINY.change(
+        optimizer=optimizer, clip=clip, dropout=0.0, query_dropout=0.0, weight_decay=0.01, decoder_learning_ratio=5.0
+    )
+    pairs, indices = prepared.splits["train"], torch.arange(32)
+    ours, plain = (new_model(settings, len(prepared.vocabulary)).train() for _ in range(2))
+    Trainer(ours, settings).step(pairs, indices, 0)
+    by_hand(plain, settings, pairs, indices)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_an_update_that_is_not_finite_leaves_weights_and_optimiser_as_they_were(prepared, monkeypatch, optimizer):
+    settings = TINY.change(optimizer=optimizer)
+    model, pairs = new_model(settings, len(prepared.vocabulary)).train(), prepared.splits["train"]
+    trainer = Trainer(model, settings)
+    trainer.step(pairs, torch.arange(32), 0)
+
+    def state():
+        kept = [value for some in trainer.optimizer.state.values() for value in some.values() if value is not None]
+        return [tensor.detach().clone() for tensor in (*model.parameters(), *kept)]
+
+    before = state()
+    monkeypatch.setattr(
+        "helpers.training.batch_loss", lambda *given: (batch_loss(*given)[0] * math.nan, torch.tensor(9))
+    )
+    with pytest.raises(FloatingPointError, match="Update 2: the loss is nan"):
+        trainer.step(pairs, torch.arange(32), 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+def test_figures_read_late_are_those_read_at_once(prepared):
+    pairs, rows = prepared.splits["train"], []
+    for late in (False, True):
+        trainer = Trainer(new_model(TINY, len(prepared.vocabulary)).train(), TINY)
+        launched = (trainer.launch(pairs, torch.arange(n, n + 32), n) for n in range(4))
+        rows.append([update.row() for update in (list(launched) if late else launched)])
+    assert rows[0] == rows[1]
+
+
+def test_every_update_has_its_row_once_and_before_its_validation(prepared, tmp_path):
+    run = train(tmp_path, prepared, TINY.change(updates=10))
+    rows = [(row["update"], "validation_loss" in row) for row in run.read_metrics()]
+    updates = [(update, False) for update in range(1, 11)]
+    assert rows == sorted([*updates, (4, True), (8, True), (10, True)])
+
+
+def test_in_bf16_the_weights_that_learn_keep_32_bits_and_the_loss_stays_near(prepared):
+    settings, pairs, losses = TINY.change(dropout=0.0, query_dropout=0.0), prepared.splits["train"], {}
+    for precision in ("fp32", "bf16"):
+        model = new_model(settings, len(prepared.vocabulary)).train()
+        trainer = Trainer(model, settings, precision)
+        losses[precision] = [trainer.step(pairs, torch.arange(n, n + 32), n)["loss"] for n in range(12)]
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
+
+
+class Replayed:
+    """What a recorded graph does, without a GPU: the first time the work runs as it is; after that always on the same
+    places, into which what changes is copied."""
+
+    def __init__(self, work):
+        self.work, self.places = work, {}
+
+    def __call__(self, pairs, where, *shape):
+        key = (len(where), *shape)
+        if key not in self.places:
+            self.places[key] = None
+            return self.work(pairs, where, *shape)
+        if self.places[key] is None:
+            self.places[key] = where.clone()
+        self.places[key].copy_(where)
+        return self.work(pairs, self.places[key], *shape)
+
+
+def test_an_update_depends_on_nothing_but_its_places(prepared):
+    settings = TINY.change(schedule="cosine", updates=8, optimizer="adam")
+    pairs, weights = prepared.splits["train"], []
+    short, long = (pairs.order()[rows] for rows in (slice(96), slice(-96, None)))
+    assert pairs.shape(short[:32]) != pairs.shape(long[:32])
+    for places, replayed in ((False, False), (True, False), (True, True)):
+        model = new_model(settings, len(prepared.vocabulary)).train()
+        trainer = Trainer(model, settings)
+        trainer.update = Replayed(trainer.learn) if replayed else trainer.learn
+        trainer.rates = [torch.zeros(()) if places else None for _ in trainer.rates]
+        for update in range(8):
+            part = (short, long)[update % 2][update // 2 * 16 :][:32]
+            trainer.launch(pairs, part, update).row()
+            read = [group["lr"] for group in trainer.optimizer.param_groups]
+            assert not places or all(a is b for a, b in zip(read, trainer.rates, strict=True))
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    plain, placed, replayed = weights
+    assert all(torch.equal(a, b) for a, b in zip(placed, replayed, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, placed, strict=True))  # a rate of 32 bits
+
+
+# Which precision
+
+
+def test_the_precision_is_what_was_asked_for(prepared):
+    model, pairs = new_model(TINY, len(prepared.vocabulary)), prepared.splits["train"]
+    for asked in ("fp32", "bf16"):
+        assert choose_precision(model, TINY.change(precision=asked), pairs) == asked
+    with pytest.raises(UserError, match=r"^precision=tf32 is a way of GPUs, not of cpu: [^.]*\.$"):
+        choose_precision(model, TINY.change(precision="tf32"), pairs)
+
+
+@pytest.mark.parametrize("taken", [{"fp32": 2.0, "bf16": 1.0}, {"fp32": 1.0, "bf16": 2.0}])
+def test_of_the_precisions_the_faster_one_is_taken(prepared, monkeypatch, taken):
+    times, order = iter(taken.values()), []
+
+    def timings(work, device, repeats):
+        order.append(work())
+        return [next(times)] * repeats
+
+    monkeypatch.setattr(training, "timings", timings)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
+    settings, pairs = TINY.change(precision="auto"), prepared.splits["train"]
+    model = new_model(settings, len(prepared.vocabulary))
+    before, random_state = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
+    assert choose_precision(model, settings, pairs) == min(taken, key=taken.get)
+    assert len(order) == 2
+    assert order[0]["loss"] != order[1]["loss"], "each in its own precision"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_without_units_for_bf16_there_is_no_choice(prepared, monkeypatch):
+    monkeypatch.setattr(training, "timings", lambda *_: pytest.fail("nothing is to be timed"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    model = new_model(TINY, len(prepared.vocabulary))
+    assert choose_precision(model, TINY.change(precision="auto"), prepared.splits["train"]) == "fp32"
+
+
+def test_a_resumed_training_keeps_its_precision(prepared, tmp_path, monkeypatch):
+    settings = TINY.change(precision="auto")
+    monkeypatch.setattr(training, "choose_precision", lambda *_: "bf16")
+    with pytest.raises(InterruptedError):
+        train(tmp_path, prepared, settings, power_cut(8))
+    monkeypatch.setattr(training, "choose_precision", lambda *_: pytest.fail("it is chosen already"))
+    run = train(tmp_path, prepared, settings)
+    assert Checkpoint.load(run.checkpoint).precision == run.facts()["precision"] == "bf16"
+
+
+# Several GPUs
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: pytest.fail("it must not wait for others"))
+    with pytest.raises(UserError, match=r"^Device 'cuda:3': .* sees no such CUDA device here, 0 in all\.$"):
+        training.join_processes(torch.device("cuda"))

@@ -1,10 +1,9 @@
 """The pictures of README and notebooks, drawn from `results/` and from a run; `make images` calls this.
 
-python -m tools.make_images --run runs/sample
+python -m tools.make_images --run runs/sample    # without --run, only what is drawn from results/
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from helpers import plots
 from helpers.chat import Chatbot
 from helpers.run import ROOT, Run
 from helpers.settings import UserError
+from tools.readme_tables import measured, result, times
 
-IMAGES, RESULTS = ROOT / "images", ROOT / "results"
+IMAGES = ROOT / "images"
 QUESTION = "Anna has a red hat and a blue box. What colour is the box?"
 
 
@@ -89,38 +89,54 @@ def architecture(bot: Chatbot) -> plt.Figure:
     return figure
 
 
-def ratios(table: pd.DataFrame, xlabel: str) -> plt.Figure:
-    """Bars of a table's `ratio`, its `low` and `high` as whiskers, and a dashed line where both ways are equal."""
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.36 * len(table)))
-    whiskers = [table["ratio"] - table["low"], table["high"] - table["ratio"]]
-    drawn = axes.barh(
-        table.index, table["ratio"], xerr=np.clip(whiskers, 0, None), color=plots.BLUE, ecolor=plots.GREY, capsize=3
-    )
-    axes.bar_label(drawn, fmt="{:.1f}×", padding=3)
-    axes.axvline(1, color=plots.RED, linestyle="--")
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel(xlabel)
+def ratios(tables: dict[str, pd.DataFrame], xlabel: str) -> plt.Figure:
+    """A panel a machine: bars of its table's `ratio`, whiskers from `low` to `high`, dashed where both are equal."""
+    heights = [0.7 + 0.25 * len(table) for table in tables.values()]
+    figure, panels = plt.subplots(len(tables), 1, figsize=(7, sum(heights)), height_ratios=heights, squeeze=False)
+    for axes, (name, table) in zip(panels[:, 0], tables.items(), strict=True):
+        whiskers = [table["ratio"] - table["low"], table["high"] - table["ratio"]]
+        drawn = axes.barh(
+            table.index, table["ratio"], xerr=np.clip(whiskers, 0, None), color=plots.BLUE, ecolor=plots.GREY, capsize=3
+        )
+        axes.bar_label(drawn, [times(ratio) for ratio in table["ratio"]], padding=3)
+        axes.axvline(1, color=plots.RED, linestyle="--")
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.grid(axis="y", visible=False)
+        axes.set_title(name)
+    panels[-1, 0].set_xlabel(xlabel)
     return figure
 
 
-def scale(points: list[dict]) -> plt.Figure:
-    """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes."""
-    lines = [point["lines"] for point in points]
+def before_and_after(machines: dict[str, dict]) -> plt.Figure:
+    """A panel a machine: the milliseconds of each part of a training step, stepwise and as a whole sequence."""
+    figure, panels = plt.subplots(1, len(machines), figsize=(1.5 + 4 * len(machines), 4), squeeze=False)
+    for axes, (name, found) in zip(panels[0], machines.items(), strict=True):
+        parts = pd.DataFrame({kind: pd.DataFrame(found[kind]).T["ms"] for kind in ("before", "after")})
+        parts.astype(float).loc[list(found["after"])].plot.barh(ax=axes, width=0.8, ylabel="")
+        kernels = ", of kernels alone" if found["machine"]["device"] == "cuda" else ""
+        axes.set(title=name, xlabel=f"milliseconds a step{kernels}")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def scale(machines: dict[str, list[dict]]) -> plt.Figure:
+    """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes, a curve a machine."""
     figure, both = plt.subplots(1, 2, figsize=(8, 3.2))
     for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory of the process, MB"), strict=True):
-        values = [point[key] for point in points]
-        axes.loglog(lines, values, "o-")
-        axes.loglog(
-            lines, [values[-1] * n / lines[-1] for n in lines], color=plots.GREY, linestyle="--", label="proportional"
-        )
-        for n, value in zip(lines, values, strict=True):
-            text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-            axes.annotate(text, (n, value), xytext=(0, 6), textcoords="offset points", ha="center")
+        for number, (name, points) in enumerate(machines.items()):
+            lines, values = [point["lines"] for point in points], [point[key] for point in points]
+            (drawn,) = axes.loglog(lines, values, "o-", label=name)
+            for n, value in zip(lines, values, strict=True):
+                text, place = f"{value:,.0f}" if value >= 10 else f"{value:.2g}", (0, 6 if number else -14)
+                colour = drawn.get_color()
+                axes.annotate(text, (n, value), xytext=place, textcoords="offset points", ha="center", color=colour)
+        proportional = [values[-1] * n / lines[-1] for n in lines]
+        axes.loglog(lines, proportional, color=plots.GREY, linestyle="--", label="proportional")
         axes.set(xlabel="lines of the corpus", ylabel=label)
         axes.margins(0.15)
-        axes.legend(loc="lower right")
+    both[1].legend(loc="lower right")
     return figure
 
 
@@ -141,43 +157,47 @@ def compare(models: dict[str, dict]) -> plt.Figure:
     return figure
 
 
-def result(name: str) -> dict:
-    """A file of `results/`. Raises UserError if nobody has measured it yet."""
-    path = RESULTS / name
-    if not path.is_file():
-        raise UserError(f"results/{name} is missing: see 'make help' for the command that measures it.")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def pictures(run: Run) -> dict[str, plt.Figure]:
-    """Every picture by its file's name."""
-    bot = Chatbot.load(run, torch.device("cpu"))
-    query, said, weights = bot.attention(bot.reply(QUESTION, "greedy"))
-    sweep, profile, bench = (result(name) for name in ("sweep-excerpt.json", "profile-cpu.json", "bench-cpu.json"))
+def from_results() -> dict[str, plt.Figure]:
+    """The pictures of measured figures by their files' names, of all machines that there are files of."""
+    sweep, benches = result("sweep-excerpt.json"), measured("bench")
     importance, interval = (
         pd.DataFrame(sweep[part]["all trials"]).set_index("parameter") for part in ("importance", "fANOVA interval")
     )
-    parts = {name: pd.DataFrame(profile[name]).T["ms"] for name in ("before", "after")}
+    classic = [
+        row | {"model": machine} for machine, found in measured("latency").items() for row in found["rows"]
+        if row["model"].startswith("classic") and row["batch"] in (1, 64)
+    ]  # fmt: skip
+    return {
+        "compare": compare(result("compare-cornell_excerpt.json")["models"]),
+        "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
+        "profile": before_and_after(measured("profile")),
+        "bench": ratios(
+            {name: compared(found) for name, found in benches.items()}, "times as fast as the textbook way (dashed)"
+        ),
+        "scale": scale({name: found["scale"] for name, found in benches.items() if "scale" in found}),
+        "latency_table": plots.latency(classic),
+    }
+
+
+def from_run(run: Run) -> dict[str, plt.Figure]:
+    """The pictures of a trained model by their files' names."""
+    bot = Chatbot.load(run, torch.device("cpu"))
+    query, said, weights = bot.attention(bot.reply(QUESTION, "greedy"))
     return {
         "architecture": architecture(bot),
         "training_curves": plots.training_curves(run.read_metrics(), bot.settings.clip),
         "attention": plots.attention(query, said, weights.numpy()).figure,
-        "compare": compare(result("compare-cornell_excerpt.json")["models"]),
-        "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
-        "profile": plots.grouped_bars(pd.DataFrame(parts), "milliseconds a step"),
-        "bench": ratios(compared(bench), "times as fast as the textbook way (dashed)"),
-        "scale": scale(bench["scale"]),
-        "latency_table": plots.latency(result("latency-cpu.json")["rows"]),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="the run whose training and attention are drawn")
+    parser.add_argument("--run", help="the run whose training and attention are drawn")
     options = parser.parse_args()
     plots.style()
     try:
-        for name, figure in pictures(Run(Path(options.run))).items():
+        figures = from_results() | (from_run(Run(Path(options.run))) if options.run else {})
+        for name, figure in figures.items():
             plots.save(figure, IMAGES / f"{name}.png")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,23 +1,47 @@
 """README's tables of measured figures, from the files in `results/`: fills them in, or with --check compares.
 
 A table stands in README between `<!-- NAME -->` and `<!-- /NAME -->`; NAME is a function of this file. What is measured
-on a device, in `results/NAME-DEVICE.json`, gets one table a device.
+on several machines, in `results/NAME-MACHINE.json`, stands side by side, a column for each machine.
 """
 
+import functools
 import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+
+import torch
 
 from benchmarks.bench import compared
+from benchmarks.classic import CLASSIC, REPLY, WORDS
+from helpers.model import new_model
 from helpers.run import ROOT, write_text
 
-README = ROOT / "README.md"
+README, NOTHING = ROOT / "README.md", "Not measured yet: see `make help`."
 
 
 def result(name: str) -> dict:
     return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
+
+
+def measured(name: str) -> dict[str, dict]:
+    """The results of one kind by the machine's name, from all the files that there are."""
+    found = [result(file.name) for file in sorted((ROOT / "results").glob(f"{name}-*.json"))]
+    return {short(one["machine"]): one for one in found}
+
+
+def short(machine: dict) -> str:
+    """A machine's name without what makers add: Intel Xeon, NVIDIA H200."""
+    return re.sub(r"\(\w+\)| (CPU|Processor|@).*", "", machine.get("name", machine["processor"])).strip()
+
+
+def device(machine: dict) -> str:
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{short(machine)}, {threads}, PyTorch {machine['torch']}, {machine['time'][:10]}"
+
+
+def devices(found: dict[str, dict]) -> str:
+    return "; ".join(device(one["machine"]) for one in found.values()) + "."
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -25,9 +49,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def device(machine: dict) -> str:
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    return f"{machine.get('name', machine['processor'])}, {threads}, PyTorch {machine['torch']}, {machine['time'][:10]}"
+def times(ratio: float) -> str:
+    return f"{ratio:.{0 if ratio >= 99.5 else 1 if ratio >= 9.95 else 2}f}×"
 
 
 def summary() -> str:
@@ -37,20 +60,37 @@ def summary() -> str:
     nats = [f"{model['short']['nats per response']:.1f}" for model in (classic, cornell)]
     same = [f"{model['decoders'][decoder]['commonest share']:.0%}"
             for model, decoder in ((cornell, "mmi"), (classic, "greedy"), (cornell, "greedy"))]  # fmt: skip
-    tokens = {way: statistics.median(rates["tokens"]) for way, rates in result("bench-cpu.json")["training"].items()}
-    faster = {way: f"{tokens[way] / tokens['textbook']:.2f}" for way in ("fp32", "bf16")}
-    rows = result("latency-cpu.json")["rows"]
-    classics = [row for row in rows if row["model"].startswith("classic") and row["batch"] == 1 and row["parity"]]
-    textbook, fastest = classics[0], min(classics, key=lambda row: row["p50 ms"])
     first = result("sweep-excerpt.json")["importance"]["all trials"][0]
     explained = first["correlation"] ** 2
+    training = "".join(f"\n  - {name}: {trains(found)}" for name, found in measured("bench").items())
+    replying = "".join(f"\n  - {name}: {answers(found)}" for name, found in measured("latency").items())
     return f"""- **Talks better**: a held-out response costs {nats[1]} nats, the classic recipe's model {nats[0]}.
   Of 500 replies the commonest makes up {same[0]} with our decoder, *mmi*, and {same[1]} with the classic's, greedy
   search (with which ours would have {same[2]}).
-- **Trains faster** than the textbook way: {faster["fp32"]}× in fp32 and {faster["bf16"]}× in bf16 on a CPU.
-- **Answers faster**: {fastest["p50 ms"]:.1f} ms a reply with {fastest["variant"]} at the classic size, the textbook way
-  {textbook["p50 ms"]:.1f} ms ({fastest["vs textbook"]:.1f}×).
+- **Trains faster** than the textbook way:{training or " not measured."}
+- **Answers faster**, one query at a time, at the classic size:{replying or " not measured."}
 - **What mattered** in the sweep: the {first["parameter"]}, which explains {explained:.0%} of the loss's variance."""
+
+
+def trains(found: dict) -> str:
+    """How many times as fast as the textbook at batch 64, and at the best batch."""
+    rates = {way: statistics.median(values["tokens"]) for way, values in found["training"].items()}
+    ways = {"fp32": "fp32", "bf16": "bf16", "bf16, graphs": "bf16 with CUDA graphs"}
+    said = [f"{times(rates[way] / rates['textbook'])} in {name}" for way, name in ways.items() if way in rates]
+    if larger := found.get("larger batches"):
+        best = max(larger, key=lambda way: larger[way]["tokens"])
+        said.append(f"{times(larger[best]['tokens'] / rates['textbook'])} at {best.rpartition(', ')[2]}")
+    return ", ".join(said)
+
+
+def answers(found: dict) -> str:
+    """The fastest way's milliseconds a reply, beside the textbook's."""
+    rows = [row for row in found["rows"] if row["model"].startswith("classic") and row["batch"] == 1 and row["parity"]]
+    textbook, fastest = rows[0], min(rows, key=lambda row: row["p50 ms"])
+    return (
+        f"{fastest['p50 ms']:.1f} ms a reply with {fastest['variant']}, the textbook {textbook['p50 ms']:.1f} ms "
+        f"({times(fastest['vs textbook'])})"
+    )
 
 
 def quality() -> str:
@@ -109,67 +149,182 @@ Adam's trials that trained to the very same loss count once; notebook 05 says ho
 {device(found["machine"])}."""
 
 
-def profile(found: dict) -> str:
+def profile() -> str:
     """The parts of a training step, stepwise and whole-sequence."""
-    before, after = found["before"], found["after"]
-    rows = [
-        [part, f"{before[part]['ms']:.1f}" if part in before else "", f"{row['ms']:.1f}", row["bound by"]]
-        for part, row in after.items()
-    ]
-    total = found["milliseconds"]
-    rows.append(["**whole step**", f"{total['before']:.0f}", f"{total['after']:.0f}", ""])
-    settings = found["settings"]
+    if not (found := measured("profile")):
+        return NOTHING
+
+    def cell(one: dict, part: str) -> str:
+        before, after = one["before"].get(part, {}).get("ms"), one["after"][part]["ms"]
+        return f"{before or 0:.{1 if after > 0.1 else 2}f} → {after:.{1 if after > 0.1 else 2}f}"
+
+    rows, whole = [], ["**whole step**"]
+    for part in dict.fromkeys(part for one in found.values() for part in one["after"]):
+        rows.append([part])
+        for one in found.values():
+            rows[-1] += [cell(one, part), one["after"][part]["bound by"]] if part in one["after"] else ["", ""]
+    for one in found.values():
+        whole += ["{before:.0f} → {after:.0f}".format(**one["milliseconds"]), ""]
+    header = ["part", *(name for machine in found for name in (f"{machine}: ms", "bound by"))]
+    settings = next(iter(found.values()))["settings"]
     size = f"{settings['hidden_size']} units and {settings['layers']} layers in {settings['precision']}"
-    peaks = f"{found['peaks']['GFLOP/s']:.0f} GFLOP/s and {found['peaks']['GB/s']:.0f} GB/s"
-    return f"""{table(["part", "stepwise ms", "whole sequence ms", "bound by"], rows)}
+    peaks = "; ".join(
+        f"{name} {one['peaks']['GFLOP/s']:,.0f} GFLOP/s and {one['peaks']['GB/s']:,.0f} GB/s"
+        for name, one in found.items()
+    )
+    return f"""{table(header, [*rows, whole])}
 
-`make profile RUN=classic`, on a model of {size} (`python -m helpers train --run runs/classic
---corpus … --profile classic --set updates=1 precision=fp32`). Peaks measured in the same run: {peaks}.
-{device(found["machine"])}."""
+Milliseconds stepwise → as a whole sequence. On a GPU a part's are its kernels' time, the whole step's the clock's: the
+rest is the price of launching them one by one. `make profile RUN=classic`, on a model of {size}
+(`python -m helpers train --run runs/classic --corpus … --profile classic --set updates=1 precision=fp32`).
+Peaks measured in the same run: {peaks}. {devices(found)}"""
 
 
-def bench(found: dict) -> str:
+def bench() -> str:
     """This project against the textbook way."""
-    rows = [
-        [
-            name, f"{row['textbook']:,.1f}", f"{row['ours']:,.1f}", f"{row['ratio']:.2f}",
-            f"{row['low']:.2f} – {row['high']:.2f}", f"{row['share of peak']:.0%}" if row["share of peak"] > 0 else "",
-        ]
-        for name, row in compared(found).iterrows()
-    ]  # fmt: skip
-    header = ["measured", "textbook", "ours", "ratio", "from – to", "of the matrix peak"]
-    scale = [f"{at['lines']:,} lines in {at['seconds']:.1f} s and {at['MB']:,.0f} MB" for at in found["scale"]]
-    peaks = ", ".join(f"{value:,.0f} {unit}" for unit, value in found["peaks"].items())
-    return f"""{table(header, rows)}
+    if not (found := measured("bench")):
+        return NOTHING
+    tables = {name: compared(one) for name, one in found.items()}
+    larger = {name: one["larger batches"] for name, one in found.items() if "larger batches" in one}
 
-Medians over the rounds of one run in which both ways take turns, their ratio, and the rounds' ratios. Generated
-corpora are prepared at {"; ".join(scale)}. Measured peaks of this machine: {peaks}.
-`make bench`, {found["seconds"] / 60:.0f} minutes. {device(found["machine"])}."""
+    def cell(rows, measurement: str) -> str:
+        if measurement not in rows.index:
+            return ""
+        row = rows.loc[measurement]
+        digits = 1 if row["ours"] < 1000 else 0
+        share = f", {row['share of peak']:.1%} of peak" if row["share of peak"] > 0 else ""
+        spread = f" ({row['low']:.2f} – {row['high']:.2f})" if row["low"] < row["high"] else ""
+        return f"{row['textbook']:,.{digits}f} → {row['ours']:,.{digits}f}, **{times(row['ratio'])}**{spread}{share}"
+
+    names = dict.fromkeys(name for rows in tables.values() for name in rows.index)
+    rows = [[name, *(cell(one, name) for one in tables.values())] for name in names]
+    scale = "; ".join(
+        f"{name} " + ", ".join(f"{at['lines']:,} lines in {at['seconds']:.1f} s" for at in one["scale"])
+        for name, one in found.items() if "scale" in one
+    )  # fmt: skip
+    peaks = "; ".join(
+        f"{name} " + ", ".join(f"{value:,.0f} {unit}" for unit, value in one["peaks"].items())
+        for name, one in found.items()
+    )
+    parts = [table(["measured", *tables], rows)]
+    for name, ways in larger.items():
+        textbook = statistics.median(found[name]["training"]["textbook"]["tokens"])
+        lines = {}
+        for way, one in ways.items():
+            kind, _, batch = way.rpartition(", ")
+            told = f"{one['tokens']:,.0f}, **{times(one['tokens'] / textbook)}**, {one['device MB'] / 1e3:.1f} GB"
+            lines.setdefault(kind, {})[batch] = told
+        batches = list(dict.fromkeys(batch for line in lines.values() for batch in line))
+        rows = [[kind, *(line.get(batch, "") for batch in batches)] for kind, line in lines.items()]
+        parts += [f"{name}, larger batches: target tokens/s, times the textbook's at batch 64, memory of the device",
+                  table(["training", *batches], rows)]  # fmt: skip
+    parts.append(f"""Medians over the rounds of one run in which both ways take turns: textbook → ours, their ratio and
+the rounds' ratios; *of peak* is the share of the measured matrix peak, *graphs* is each update as a CUDA graph. An
+empty cell was not measured. Generated corpora are prepared thus: {scale}.
+Measured peaks: {peaks}.
+`make bench`, on a GPU `make gpu`. {devices(found)}""")
+    return "\n\n".join(parts)
 
 
-def latency(found: dict) -> str:
-    """Every way of answering: median milliseconds a reply, and how many times as fast as the textbook's."""
-    cells = {(row["model"], row["variant"], row["batch"]): row for row in found["rows"]}
-    models, ways, sizes = (list(dict.fromkeys(key[i] for key in cells)) for i in range(3))
+@functools.cache
+def numbers_read() -> int:
+    """How many weights a step of the classic model's decoder reads: GRUs, combination and output matrix."""
+    with torch.device("meta"):
+        model = new_model(CLASSIC, WORDS)
+    return sum(weights.numel() for part in (model.decoder, model.output) for weights in part.parameters())
 
-    def cell(*key: str | int) -> str:
-        if key not in cells:
-            return "left out"
-        row = cells[key]
-        return f"{row['p50 ms']:.2f} ({row['vs textbook']:.1f}×)" if row.get("p50 ms") else "failed parity"
 
-    rows = [[model, way, *(cell(model, way, size) for size in sizes)] for model in models for way in ways]
-    header = ["model", "way", *(f"batch {size}" for size in sizes)]
-    left = "; ".join(f"{name}: {why}" for name, why in found["left out"].items())
-    compared = found["rows"][0]["compared"]
-    return f"""{table(header, rows)}
+def least_milliseconds(way: str, copied: float) -> float:
+    """What a reply of the classic model takes at least at batch 1, if reading weights is all there is to do.
 
-Median milliseconds a reply and, in brackets, how many times as fast as the textbook; *run's* is the bot of the first
-table, *classic* a model of the tutorial's size that says ten words; *textbook* answers one query at a time and always
-goes on to the longest reply. Every way was first compared with eager on {compared} held-out queries. Left out:
-{left}.
-`make latency RUN=name`; the 95th percentiles, replies a second and parity are in `results/` and in
-notebook 07. {device(found["machine"])}."""
+    Each of its steps reads the decoder's weights once: 4 bytes a number, in bf16 2 and in int8 1. The encoder and all
+    that is no weight is left out. `copied` are the machine's GB/s of a large copy, which count what is read and what is
+    written alike; reading alone at that rate is the best that this figure allows.
+    """
+    size = {"bf16": 2, "int8": 1}.get(way.rpartition(" ")[2], 4)
+    return 1e3 * REPLY * numbers_read() * size / (copied * 1e9)
+
+
+def latency() -> str:
+    """Every way of answering at the classic size: milliseconds a reply, times the textbook's, share of the limit."""
+    if not (found := measured("latency")):
+        return NOTHING
+    limits = measured("bench")
+    rows = {
+        (name, row["variant"], row["batch"]): row
+        for name, one in found.items() for row in one["rows"] if row["model"].startswith("classic")
+    }  # fmt: skip
+    ways = dict.fromkeys([way for _, way, _ in rows] + [way for one in found.values() for way in one["left out"]])
+
+    def cell(name: str, way: str, size: int) -> str:
+        if (name, way, size) not in rows:
+            return absent(found[name], way)
+        row = rows[name, way, size]
+        if not row.get("p50 ms"):
+            return "failed parity"
+        said = f"{row['p50 ms']:.{2 if row['p50 ms'] >= 0.1 else 3}f} ({times(row['vs textbook'])}"
+        if size == 1 and name in limits:
+            share = least_milliseconds(way, limits[name]["peaks"]["copy GB/s"]) / row["p50 ms"]
+            said += f", {share:.{0 if share >= 0.095 else 1}%}"
+        return said + ")"
+
+    lines = [[way, *(cell(name, way, size) for name in found for size in (1, 64))] for way in ways]
+    header = ["way", *(f"{name}, batch {size}" for name in found for size in (1, 64))]
+    left = "; ".join(
+        f"{way} on the {name}: {why}" for name, one in found.items() for way, why in one["left out"].items()
+        if absent(one, way) == "left out"
+    )  # fmt: skip
+    compared = ", ".join(f"{one['rows'][0]['compared']} ({name})" for name, one in found.items())
+    copies = ", ".join(f"{name} {limits[name]['peaks']['copy GB/s']:,.0f}" for name in found if name in limits)
+    return f"""{table(header, lines)}
+
+Median milliseconds a reply of the classic model ({CLASSIC.hidden_size} units, {CLASSIC.layers} layers, {WORDS:,} words,
+replies of {REPLY} words) and, in brackets, how many times as fast as the textbook; *textbook* answers one query at a
+time and always goes on to the longest reply. The percentage is the share of the machine's limit: at batch 1 each step
+reads the decoder's {numbers_read() / 1e6:.1f} million weights once (4 bytes each, 2 in bf16, 1 in int8), at the rate of
+a large copy at best: in GB/s, read and written counted alike, {copies}.
+The encoder is left out; weights that stay in a cache may be read faster than that. Every way was first compared with
+eager on held-out queries: {compared}. A dash: that machine cannot.{f" Left out: {left}." if left else ""}
+`make latency RUN=name`; other sizes, the run's own model, the 95th percentiles and parity are in `results/` and in
+notebook 07. {devices(found)}"""
+
+
+def absent(found: dict, way: str) -> str:
+    """Why a machine has no figure for a way: it cannot, nobody asked for it, or it was tried and left out."""
+    reason = found["left out"].get(way, "")
+    if (found["machine"]["device"] == "cpu" and way.startswith("CUDA")) or "are for CPUs" in reason:
+        return "–"
+    return "left out" if reason and "not asked for" not in reason else "not measured"
+
+
+def gpu() -> str:
+    """What was checked on a GPU, and what was not."""
+    if not (ROOT / "results" / "gpu-cuda.json").is_file():
+        return "Not measured on a GPU yet: `make gpu` measures everything in one call of minutes."
+    found = result("gpu-cuda.json")
+    checks, trained = found.get("checks", {}), found.get("training", {})
+    bits = [value for name, value in checks.items() if name.endswith("bit for bit")]
+    losses = [value for name, value in checks.items() if name.endswith("from the CPU's")]
+    replies = [value for name, value in checks.items() if "replies equal" in name and not name.endswith("seconds")]
+    failed = [name for name, value in checks.items() if value is False or str(value).startswith("FAILED")]
+    said = []
+    if losses and replies and not failed:
+        equal = min(value[search] for value in replies for search in ("greedy", "beam"))
+        said.append(f"""the losses of three updates are within {max(losses):.0e} of the CPU's;
+{equal:.0%} of the greedy and beam replies are the CPU's; the same training twice, and with CUDA graphs or without, ends
+with the same weights bit for bit ({sum(bits)} of {len(bits)} comparisons in fp32, TF32 and bf16)""")
+    said += [f"failed: {name}" for name in failed]
+    if "seconds" in trained:
+        facts, progress = trained["manifest"], trained["manifest"]["progress"]
+        said.append(f"""the excerpt trained with the profile cornell, {progress["update"]:,} updates in
+{facts["precision"]}, in {trained["seconds"]:.0f} s to a validation loss of {progress["best_loss"]:.2f}""")
+    names = {
+        "resume": "going on after a kill", "notebooks": "notebooks 03, 04, 06 and 07 as a whole",
+        "compile": "`torch.compile`, AOTInductor and compiled cells in CUDA graphs",
+    }  # fmt: skip
+    missing = [names.get(stage, stage) for stage, how in found["stages"].items() if not how.startswith("done")]
+    rest = f"\nNot measured there: {'; '.join(missing)}." if missing else ""
+    return f"{device(found['facts']['machine'])}: {'; '.join(said)}.{rest}"
 
 
 def filled(text: str) -> str:
@@ -181,13 +336,7 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
-def on_every_device(function: Callable[[dict], str]) -> Callable[[], str]:
-    files = sorted((ROOT / "results").glob(f"{function.__name__}-*.json"))
-    return lambda: "\n\n".join(function(result(file.name)) for file in files)
-
-
-TABLES = {function.__name__: function for function in (summary, quality, replies, sweep)}
-TABLES |= {function.__name__: on_every_device(function) for function in (profile, bench, latency)}
+TABLES = {function.__name__: function for function in (summary, quality, replies, sweep, profile, bench, latency, gpu)}
 
 
 def main() -> int:
