@@ -33,6 +33,7 @@ endif
 export IPYTHONDIR := $(ROOT)runs/.ipython
 KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
 export WANDB_SILENT := true
+# PyTorch's profiler warns of memory older than the profile, at times, on stderr: it would stand in notebook 06.
 export TORCH_CPP_LOG_LEVEL := ERROR
 
 # The C library (glibc) keeps freed memory for the next tensors, in place of giving it back to the system, which hands

@@ -47,7 +47,7 @@ LINES = (30_000, 304_713, 3_000_000)  # the middle one is the whole Cornell corp
 LINES_PER_EXCHANGE = 1.7234  # of the generated corpus
 WORDS = 7_800  # of the vocabulary that training and decoding are timed with
 LOSS = 1.5  # nats a token, the validation loss that both ways are to reach
-ROUNDS, UPDATES = 5, 16  # of which each is on batches of its own
+ROUNDS, UPDATES = 5, 16  # the same batches in every round
 # What `make` sets for every process of ours: glibc keeps freed memory for the next tensors, in place of giving it back
 # to the system, which hands it out again page by page.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
@@ -211,7 +211,7 @@ def stepwise_loss(model: Seq2Seq, batch: Batch, teacher_forcing: bool = True) ->
     return torch.stack(losses).sum(), (batch.targets != PAD).sum()
 
 
-class _Worker:
+class Worker:
     """What a process of `updates` keeps between rounds: models, optimisers and batches.
 
     A way is `textbook`, or a precision and what else there is to say: `bf16, graphs, batch 512`.
@@ -234,9 +234,7 @@ class _Worker:
                     tokens = self.update_of(kind, torch.device("cpu"))()
                 self.flops[way] = self.flops[kind] = counter.get_total_flops() / tokens
             self.flops[way], self.updates[way] = self.flops[kind], self.update_of(way, self.device)
-            for _ in range(
-                UPDATES * (3 if "graphs" in way else 1)
-            ):  # each shape is seen, and where it is said recorded
+            for _ in range(UPDATES * (3 if "graphs" in way else 1)):  # to warm up: a graph is recorded the second time
                 self.updates[way]()
         tokens = []
         taken = seconds(lambda: tokens.extend(self.updates[way]() for _ in range(UPDATES)), self.device)
@@ -264,12 +262,12 @@ class _Worker:
         return update
 
 
-_worker: _Worker | None = None
+_worker: Worker | None = None
 
 
 def _train(way: str, device: torch.device) -> tuple[float, float]:
     global _worker
-    _worker = _worker or _Worker(device)
+    _worker = _worker or Worker(device)
     return _worker.train(way)
 
 

@@ -44,8 +44,8 @@ LIMITS = {
     "facts": 30, "checks": 60, "training": 60, "latency": 100, "bench": 100, "profile": 60, "resume": 70,
     "notebooks": 60, "compile": 120,
 }  # fmt: skip
-SIZES = (1, 64, 8)
-BATCHES = (64, 512, 2048, 8192)
+SIZES = (1, 64, 8)  # replies asked for at once
+LARGER = (512, 2048, 8192)  # batches, beside 64
 
 
 class Stage:
@@ -206,7 +206,7 @@ def both_ways(here: Stage) -> None:
     """Training beside the textbook's, both in turns, then larger batches; replies."""
     if here.small:
         bench.WORDS, bench.UPDATES = 100, 2
-    worker = bench._Worker(here.device, 256 if here.small else 65_536)
+    worker = bench.Worker(here.device, 256 if here.small else 65_536)
     here.note(machine=machine(here.device), peaks=bench.peaks(here.device))
     ways = ["textbook", "fp32", "tf32", "bf16", "fp32, graphs", "tf32, graphs", "bf16, graphs"]
     if here.small:
@@ -221,7 +221,7 @@ def both_ways(here: Stage) -> None:
     here.check("replies", lambda: bench.replies(here.device))
     larger: dict = {}
     worker.updates.clear()
-    for size in () if here.small else BATCHES[1:]:
+    for size in () if here.small else LARGER:
         for way in ways[4:]:
             torch.cuda.reset_peak_memory_stats()
             tokens, flops = max(worker.train(f"{way}, batch {size}") for _ in range(2))
@@ -263,8 +263,8 @@ def resume(here: Stage) -> None:
             break
 
 
-def cells(here: Stage, notebook: str, **parameters) -> None:
-    """A notebook's code from top to bottom in this process, where there is no Jupyter; `display` prints."""
+def cells(notebook: str, **parameters) -> None:
+    """A notebook's code from top to bottom in this process, where there is no Jupyter; nothing is shown."""
 
     class Shown(str):
         """What a notebook would show: Markdown, HTML, …"""
@@ -292,7 +292,7 @@ def profile(here: Stage) -> None:
     """Notebook 06 on a model of the classic size."""
     run = Run.named("classic")
     here.train(run, "classic", "updates=2", "validate_every=1", "precision=fp32")
-    cells(here, "06", run="classic", device=str(here.device))
+    cells("06", run="classic", device=str(here.device))
     here.note(**json.loads((run.folder / "profile.json").read_text(encoding="utf-8")))
 
 
@@ -306,7 +306,7 @@ def notebooks(here: Stage) -> None:
         parameters = {"run": "gpu", "device": str(here.device)} | (
             {"tracking": "off", "resume": False} if name == "03" else {}
         )
-        here.check(name, lambda name=name, parameters=parameters: cells(here, name, **parameters))
+        here.check(name, lambda name=name, parameters=parameters: cells(name, **parameters))
 
 
 STAGES: dict[str, Callable[[Stage], None]] = {
@@ -346,6 +346,15 @@ def in_order(options: argparse.Namespace) -> dict:
         print(f"{name}: {ended[name]}", flush=True)
         collect(out, kind, ended)
     return ended
+
+
+def failures(out: Path, kind: str) -> list[str]:
+    """What ran and was not right: checks that failed, or that found a difference."""
+    found = json.loads((out / f"gpu-{kind}.json").read_text(encoding="utf-8"))
+    return [
+        f"{stage}, {name}: {said}" for stage in ("checks", "resume", "notebooks")
+        for name, said in found.get(stage, {}).items() if said is False or "FAILED" in str(said)
+    ]  # fmt: skip
 
 
 def collect(out: Path, kind: str, ended: dict) -> None:
@@ -388,10 +397,12 @@ def main() -> int:
         for path in options.out.glob("stage-*.json"):
             path.unlink()
         ended = in_order(options)
+        failed = failures(options.out, options.device.partition(":")[0])
+        print("\n".join(failed) or "no check failed")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return int(not all(how.startswith("done") for how in ended.values()))
+    return int(bool(failed) or not all(how.startswith("done") for how in ended.values()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@
     decoding     logits to words: greedy, beam, sampling, mutual information             04
     chat         text in, reply out; in a terminal and in a notebook                     04
     sweep        a search space, its trials and their workers                            05
-    importance   what moved the loss, and how sure that is                               05
+    importance   what moved the loss, by several measures                                05
     profiling    where time and memory go                                                06
     deploy       TorchScript, quantisation, and what comes after TorchScript             07
     latency      parity first, then milliseconds                                         07

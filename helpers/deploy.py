@@ -45,8 +45,8 @@ def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptMod
             scripted = torch.jit.load(str(path), map_location=device, _extra_files=extra)
         for gru in scripted.modules() if device.type == "cuda" else []:
             if hasattr(gru, "_flat_weights"):  # in one piece, as cuDNN wants them: else it copies them at every call
-                sizes = (weights.size(1) for weights in gru._flat_weights[:2])
-                torch._cudnn_rnn_flatten_weight(gru._flat_weights, 4, next(sizes), 3, next(sizes), 0, 1, True, False)
+                inputs, hidden = (weights.size(1) for weights in gru._flat_weights[:2])
+                torch._cudnn_rnn_flatten_weight(gru._flat_weights, 4, inputs, 3, hidden, 0, 1, True, False)
         max_words = int(json.loads(extra["limits.json"])["max_words"])
         return scripted, Vocabulary.from_json(extra["vocabulary.json"]), max_words
 

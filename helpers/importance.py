@@ -1,4 +1,4 @@
-"""What a sweep's trials say: which parameters moved the loss, by several measures, and how sure that is."""
+"""What a sweep's trials say: which parameters moved the loss, by several measures."""
 
 import optuna
 import pandas as pd

@@ -74,7 +74,7 @@ def variants(subject: Subject, compilation: bool) -> dict[str, Variant]:
         return recorded(half, captured), half
 
     return {
-        "textbook": Variant(lambda: (partial(textbook, model), None), False, "" if textbook else "it was not given"),
+        "textbook": Variant(lambda: (partial(textbook, model), None), False, "" if textbook else "notebook 07 has it"),
         "eager": Variant(lambda: (GreedySearch(model).eval(), None)),
         "TorchScript": Variant(lambda: (script(model), None)),
         "TorchScript int8": Variant(int8, True, "its int8 kernels are for CPUs" if cuda else ""),

@@ -53,7 +53,7 @@ def test_the_made_up_dialogue_has_the_stated_size_and_both_ways_see_the_same_tex
 def test_both_ways_train_in_a_worker_and_count_their_tokens_and_operations(monkeypatch):
     monkeypatch.setattr(bench, "UPDATES", 1)
     monkeypatch.setattr(bench, "WORDS", 50)
-    worker = bench._Worker(CPU)
+    worker = bench.Worker(CPU)
     for way in ("textbook", "fp32"):
         tokens, flops = worker.train(way)
         assert tokens > 0

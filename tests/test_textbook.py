@@ -3,8 +3,8 @@
 import torch
 
 from benchmarks import textbook, world
+from benchmarks.textbook import textbook_greedy
 from helpers.decoding import greedy
-from helpers.latency import textbook_greedy
 from helpers.model import Seq2Seq
 from helpers.settings import Settings
 from helpers.text import EOS

@@ -316,7 +316,7 @@ with the same weights bit for bit ({sum(bits)} of {len(bits)} comparisons in fp3
     said += [f"failed: {name}" for name in failed]
     if "seconds" in trained:
         facts, progress = trained["manifest"], trained["manifest"]["progress"]
-        said.append(f"""the excerpt trained with the profile cornell, {progress["update"]:,} updates in
+        said.append(f"""the corpus {facts["corpus"]["name"]} trained by the command, {progress["update"]:,} updates in
 {facts["precision"]}, in {trained["seconds"]:.0f} s to a validation loss of {progress["best_loss"]:.2f}""")
     names = {
         "resume": "going on after a kill", "notebooks": "notebooks 03, 04, 06 and 07 as a whole",
