@@ -40,7 +40,7 @@ WIDTHS = """all => Promise.all(all.map(async picture => {
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab's address, from the root as `make lab` serves it, with settings of its own and the notebooks' copies."""
+    """JupyterLab's address, serving copies from a root as `make lab` does, with settings of its own."""
     root = tmp_path / "root"
     for folder in ("notebooks", "images", "helpers", "results"):
         shutil.copytree(ROOT / folder, root / folder)

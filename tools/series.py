@@ -264,7 +264,7 @@ def data_of_sweep() -> list[str]:
 def of_sweep(*words: str) -> None:
     """A command on sweeps; they have a run of their own unless another is named."""
     storage = {"CHATBOT_STORAGE": given("STORAGE")} if given("STORAGE") else {}  # not where `ps` would show it
-    call("-m", "helpers", *words, "--run", RUNS / given("RUN", "sweep"), **storage)
+    call("-m", "tools.sweeps", *words, "--run", RUNS / given("RUN", "sweep"), **storage)
 
 
 def profile() -> None:
