@@ -337,9 +337,9 @@ def best_settings(study: optuna.Study) -> Settings:
 
 def write_profile(path: Path, study: optuna.Study) -> None:
     """The best settings as a profile, to train with `--profile PATH`."""
-    best = study.best_trial
+    settings, best = best_settings(study), study.best_trial
     head = f"{len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}"
-    write_settings(path, best_settings(study), best.params, f"{head}, {LOSS} {best.value:.4f}")
+    write_settings(path, settings, best.params, f"{head}, {LOSS} {best.value:.4f}")
 
 
 def write_settings(path: Path, best: Settings, chosen: Iterable[str], what: str) -> None:

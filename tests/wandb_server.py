@@ -29,7 +29,7 @@ class Server:
 
     `failures` are [part of a request's name, status or None (the connection is cut), how many]. The sweep's trials take
     the settings of `trials`, or those of its grid; a trial is stopped after `stop_after` validations, and learns of it
-    by the `channel` agent or stream.
+    by the agent or, if it is one of `told_by_stream`, as an answer to its own rows.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Server:
         self.requests: list[tuple[str, int]] = []
         self.unknown: list[str] = []
         self.trials: list[dict] = []
-        self.stop_after, self.channel = math.inf, "agent"
+        self.stop_after, self.told_by_stream = math.inf, set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
         self._server.handle_error = lambda *_: None  # of clients that have gone
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -79,7 +79,7 @@ class Server:
         if body.get("complete"):
             run["exitcode"] = body.get("exitcode")
             run["state"] = "failed" if run["exitcode"] else "finished"
-        return {"stopped": True} if self.channel == "stream" and self.stopped(run) else {}
+        return {"stopped": True} if name in self.told_by_stream and self.stopped(run) else {}
 
     # GraphQL: one method a top-level field
 
@@ -195,7 +195,7 @@ class Server:
         name = self.agents[variables["id"]]
         sweep, running = self.sweeps[name], json.loads(variables.get("runState") or "{}")
         if running:
-            ended = [run for run in running if self.channel == "agent" and self.stopped(self.run(run))]
+            ended = [run for run in {*running} - self.told_by_stream if self.stopped(self.run(run))]
             commands = [{"type": "stop", "run_id": run} for run in ended]
         elif (settings := self._settings(sweep)) is None:
             sweep["state"], commands = "FINISHED", [{"type": "exit"}]

@@ -104,15 +104,20 @@ def write_online_profile(path: Path, name: str) -> None:
     write_settings(path, settings, sweep.config["parameters"], head)
 
 
-def where(options: argparse.Namespace) -> str:
-    """How a sweep that there is already is tracked."""
-    return "offline" if options.storage or (options.run.sweep / options.sweep).is_dir() else usual_mode()
+def mode_of(options: argparse.Namespace, local: bool) -> str:
+    """How a sweep is tracked; a `local` one, planned by Optuna, is online only where somebody says so."""
+    mode = options.wandb or usual_mode()
+    return "offline" if local and mode == "online" and not options.wandb else mode
+
+
+def is_local(options: argparse.Namespace) -> bool:
+    return bool(options.storage) or (options.run.sweep / options.sweep).is_dir()
 
 
 def plan(options: argparse.Namespace) -> None:
     """Run the trials of a W&B sweep file: by W&B's agents with an account, by Optuna without."""
     run, spec, settings = options.run, read_sweep(options.file), settings_of(options)
-    mode = options.wandb or ("offline" if options.storage else usual_mode())
+    mode = mode_of(options, bool(options.storage))
     if mode == "online" and (options.storage or options.trials):
         raise UserError("W&B's server plans an online sweep: give run_cap in its file instead, or add --wandb offline.")
     prepared = prepare(read_corpus(options.corpus), settings)
@@ -129,7 +134,7 @@ def plan(options: argparse.Namespace) -> None:
 
 def join(options: argparse.Namespace) -> None:
     """Join a sweep by its id: one in this folder or database, or one of W&B's."""
-    run, mode = options.run, options.wandb or where(options)
+    run, mode = options.run, mode_of(options, is_local(options))
     if mode == "online" and options.storage:
         raise UserError("W&B's server keeps an online sweep: leave --storage out, or add --wandb offline.")
     if mode == "online":
@@ -146,7 +151,7 @@ def join(options: argparse.Namespace) -> None:
 def best(options: argparse.Namespace) -> None:
     """Write a sweep's best settings as a profile, best.yaml in the run's folder."""
     target = options.run.folder / "best.yaml"
-    if where(options) == "online":
+    if not is_local(options) and usual_mode() == "online":
         write_online_profile(target, options.sweep)
     else:
         write_profile(target, open_study(options.run, options.sweep, options.storage))
