@@ -55,7 +55,7 @@ class EarlyTerminate(BaseModel, extra="forbid"):
 class Sweep(BaseModel, extra="forbid"):
     """A W&B sweep file, as far as it can be served here."""
 
-    name: str = "sweep"
+    name: Annotated[str, Field(pattern="^[^/]+$")] = "sweep"  # of a folder, too
     description: str = ""
     project: str = ""
     entity: str = ""
@@ -95,7 +95,11 @@ def distribution(name: str, parameter: dict) -> BaseDistribution:
     if unknown := sorted(parameter.keys() - set(keys)):
         raise UserError(f"parameter {name} has an unknown key {unknown[0]!r}; there are: {', '.join(keys)}.")
     with user_errors(f"parameter {name} cannot be served", "", ValueError, TypeError, KeyError):
-        found = sweep_parameter_to_distribution({key: number(value) for key, value in parameter.items()})
+        given = {key: number(value) for key, value in parameter.items()}
+        if given.get("distribution") == "q_uniform":  # W&B's are multiples of q, Optuna's count from min
+            q = given.get("q", 1)
+            given |= {end: round(given[end] / q) * q for end in ("min", "max")}
+        found = sweep_parameter_to_distribution(given)
     values = found.choices if isinstance(found, CategoricalDistribution) else (found.low, found.high)
     values = [getattr(Settings().change(**{name: value}), name) for value in values]  # the settings' own check of each
     return CategoricalDistribution(values) if isinstance(found, CategoricalDistribution) else found
