@@ -322,6 +322,28 @@ sys.exit(1)
     assert (make.folder / "results" / "bench-cuda.json").is_file()
 
 
+def test_lint_reads_nothing_that_a_run_has_left_in_a_checkout_without_git(make):
+    shutil.copy(ROOT / "pyproject.toml", make.folder)
+    for folder in ("runs/sample", "data"):
+        (make.folder / folder).mkdir(parents=True)
+        (make.folder / folder / "left.py").write_text("import os, sys")
+    shutil.copy(ROOT / "tools" / "run_notebook.py", make.folder / "tools")
+    make(goal="lint")
+
+
+def test_lab_serves_the_root_and_opens_notebook_01(make):
+    (make.folder / "jupyterlab").mkdir()
+    (make.folder / "jupyterlab" / "__init__.py").touch()
+    (make.folder / "jupyterlab" / "__main__.py").write_text(
+        "import sys; open('told', 'w').write('|'.join(sys.argv[1:]))"
+    )
+    make("LABFLAGS=--allow-root --ServerApp.password='a b'", goal="lab")
+    root, start, *flags = (make.folder / "told").read_text().split("|")
+    assert root == f"--ServerApp.root_dir={make.folder}"
+    assert (make.folder / start.partition("/lab/tree/")[2]).is_file()
+    assert flags == ["--allow-root", "--ServerApp.password=a b"]
+
+
 # The environment
 
 

@@ -317,8 +317,10 @@ def wheelhouse() -> None:
 def lab() -> None:
     """JupyterLab at notebook 01; LABFLAGS="--no-browser --allow-root …" are handed on"""
     user = {name: os.environ[name] for name in ("IPYTHONDIR",) if name in os.environ}
-    flags = shlex.split(given("LABFLAGS"))
-    call("-m", "jupyterlab", "notebooks/01_data_preparation.ipynb", *flags, **user)
+    start = (
+        "--LabApp.default_url=/lab/tree/notebooks/01_data_preparation.ipynb"  # as a file's name it would be the root
+    )
+    call("-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", start, *shlex.split(given("LABFLAGS")), **user)
 
 
 def html() -> None:

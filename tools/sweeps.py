@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import wandb
 from wandb.sdk.lib import wbauth
 
-import wandb
 from helpers.batches import prepare
 from helpers.corpus import read_corpus
 from helpers.run import Run, choose_device, display_path
