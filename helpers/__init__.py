@@ -21,3 +21,8 @@
 
 A room imports only rooms above its own.
 """
+
+import os
+
+# PyTorch's threads sleep while they wait for one another; turning, as is usual, they are slow beside other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,4 @@
-"""The series from the command line: python -m helpers train | score | chat | latency | sweep | …"""
+"""The series from the command line: python -m helpers train | score | chat | latency | trial"""
 
 import argparse
 import json
@@ -97,65 +97,16 @@ def latency(options: argparse.Namespace) -> None:
         write_json(options.json, result)
 
 
-def sweep(options: argparse.Namespace) -> None:
-    """Run the trials of a W&B sweep file: by W&B's agents with an account, by Optuna without."""
-    from helpers import tracking
-    from helpers.sweep import read_sweep, run_sweep
-
-    run, spec = options.run, read_sweep(options.file)
-    mode = options.wandb or ("online" if not options.storage and tracking.logged_in() else "offline")
-    if mode == "online" and (options.storage or options.trials):
-        raise UserError("W&B's server plans an online sweep: give run_cap in its file instead, or add --wandb offline.")
-    settings = _settings(options)
-    prepared = _prepare(options, settings)
-    prepared.save(run.data)
-    if mode == "online":
-        name = tracking.create_sweep(spec)
-        data = f"CORPUS={options.corpus} PROFILE={options.profile}"
-        print(f"another machine joins with: make sweep-worker SWEEP={name} {data}", flush=True)
-        tracking.run_agent(name, run.folder)
-    else:
-        trials = options.trials or spec.get("run_cap", 60)
-        run_sweep(run, prepared, settings, spec, trials, mode, storage=options.storage, device=options.device)
-
-
-def sweep_worker(options: argparse.Namespace) -> None:
-    """Join a sweep by its id: one in this folder or database, or one of W&B's."""
-    from helpers import tracking
-    from helpers.batches import Prepared
-    from helpers.sweep import join_sweep
-
-    run = options.run
-    here = options.storage or (run.sweep / options.sweep).is_dir()
-    if options.wandb == "online" and options.storage:
-        raise UserError("W&B's server keeps an online sweep: leave --storage out, or add --wandb offline.")
-    if options.wandb == "online" or (not options.wandb and not here and tracking.logged_in()):
-        settings = _settings(options)
-        prepared = _prepare(options, settings)
-        kept = Prepared.load(run.data) if run.data.is_file() else prepared
-        if (kept.digest, kept.settings) != (prepared.digest, settings):
-            what = f"{display_path(run.data)} is of another corpus or profile"
-            raise UserError(f"{what}. Give the sweep's own, or another run.")
-        prepared.save(run.data)
-        tracking.run_agent(options.sweep, run.folder)
-    else:
-        join_sweep(run, options.sweep, options.wandb or "offline", storage=options.storage, device=options.device)
-
-
 def trial(options: argparse.Namespace) -> None:
-    """Train one trial from the run's prepared data, in a folder of its own: what a W&B agent calls."""
+    """Train one trial from the sweep's prepared data, in a folder of its own: what a W&B agent calls."""
     from helpers.sweep import agent_trial
 
-    agent_trial(options.run, parse_changes(options.set), options.wandb, options.device)
-
-
-def best(options: argparse.Namespace) -> None:
-    """Write a sweep's best settings as a profile, best.yaml in the run's folder."""
-    from helpers.sweep import open_study, write_profile
-
-    target = options.run.folder / "best.yaml"
-    write_profile(target, open_study(options.run, options.sweep, options.storage))
-    print(f"{display_path(target)}: train it with --profile {display_path(target)}")
+    try:
+        agent_trial(options.run, parse_changes(options.set), options.wandb, options.device, options.data)
+    except Exception as error:
+        if "CHATBOT_FAILED" in os.environ:  # the agent of `run_agent`, which passes no status on
+            Path(os.environ["CHATBOT_FAILED"]).write_text(str(error), encoding="utf-8")
+        raise
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -167,12 +118,6 @@ def _prepare(options: argparse.Namespace, settings: Settings):
     from helpers.corpus import read_corpus
 
     return prepare(read_corpus(options.corpus), settings)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{text!r} is not a number from 1 on.")
-    return int(text)
 
 
 def _file(text: str) -> Path:
@@ -204,16 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     begin = training.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     begin.add_argument("--fresh", action="store_true", help="start over; a checkpoint there is kept under another name")
-    planning, joining, choosing = command(sweep, "sweep"), command(sweep_worker, "sweep"), command(best)
-    planning.add_argument("file", type=Path, help="a W&B sweep file")
-    planning.add_argument("--trials", type=_count, help="how many; otherwise the file's run_cap")
-    for added in (planning, joining):
-        added.add_argument("--wandb", **modes)  # without it, online where there is a login
-    for added in (joining, choosing):
-        added.add_argument("sweep", help="the sweep's id")
-    for added in (planning, joining, choosing):
-        added.add_argument("--storage", default="", help="a database's URL, for several machines")
     one = command(trial, run=os.environ.get("CHATBOT_RUN", "runs/sweep"))
+    one.set_defaults(device=os.environ.get("CHATBOT_DEVICE", "auto"))
+    one.add_argument("--data", default="", help="the digest of what the sweep trains on")
     one.add_argument("--wandb", default="online", **modes)
     one.add_argument("set", nargs="*", metavar="name=value", help="settings to change")
     command(score).add_argument("pairs", type=Path, metavar="PAIRS.tsv", help="lines of query, tab, response")

@@ -5,10 +5,12 @@ import itertools
 import json
 import math
 import os
+import random
+import signal
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,12 +28,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from wandb.sdk.sweeps.scheduler.optuna import sweep_parameter_to_distribution
 
 from helpers.batches import Prepared
-from helpers.run import Run, digest, display_path, require, write_text
+from helpers.run import ROOT, Run, digest, display_path, require, write_text
 from helpers.settings import DATA_SETTINGS, NAMES, Settings, UserError, number, read_yaml, user_errors, valid
-from helpers.tracking import Tracker
+from helpers.tracking import Stopped, Tracker
 from helpers.training import NotFiniteError, fit, training_digest
 
 LOSS = "validation loss"
+SAME = "Give the CORPUS and PROFILE that 'make sweep' printed."
 HEARTBEAT = 5  # seconds between a running trial's signs of life; six missed, and its worker is dead
 CPU = torch.device("cpu")
 # What a trial's own settings bring about, and would again; any other error is nobody's result and ends the worker.
@@ -52,7 +55,7 @@ class EarlyTerminate(BaseModel, extra="forbid"):
 class Sweep(BaseModel, extra="forbid"):
     """A W&B sweep file, as far as it can be served here."""
 
-    name: str = "sweep"
+    name: Annotated[str, Field(pattern="^[^/]+$")] = "sweep"  # of a folder, too
     description: str = ""
     project: str = ""
     entity: str = ""
@@ -67,6 +70,7 @@ class Sweep(BaseModel, extra="forbid"):
 
 def read_sweep(path: Path) -> dict:
     """A W&B sweep file, checked against what can be served here and what the settings have. Raises UserError."""
+    path = path if path.is_file() else ROOT / "notebooks" / path  # for papermill by hand, from whatever folder
     spec = read_yaml(path, f"The sweep file {display_path(path)}")
     try:
         if not isinstance(spec, dict):
@@ -91,7 +95,11 @@ def distribution(name: str, parameter: dict) -> BaseDistribution:
     if unknown := sorted(parameter.keys() - set(keys)):
         raise UserError(f"parameter {name} has an unknown key {unknown[0]!r}; there are: {', '.join(keys)}.")
     with user_errors(f"parameter {name} cannot be served", "", ValueError, TypeError, KeyError):
-        found = sweep_parameter_to_distribution({key: number(value) for key, value in parameter.items()})
+        given = {key: number(value) for key, value in parameter.items()}
+        if given.get("distribution") == "q_uniform":  # W&B's are multiples of q, Optuna's count from min
+            q = given.get("q", 1)
+            given |= {end: round(given[end] / q) * q for end in ("min", "max")}
+        found = sweep_parameter_to_distribution(given)
     values = found.choices if isinstance(found, CategoricalDistribution) else (found.low, found.high)
     values = [getattr(Settings().change(**{name: value}), name) for value in values]  # the settings' own check of each
     return CategoricalDistribution(values) if isinstance(found, CategoricalDistribution) else found
@@ -146,11 +154,15 @@ def open_study(run: Run, name: str, storage: str = "", create: bool = False) -> 
         user_errors(f"The sweep's storage {where} cannot be opened", "Mend that, or use another one.", *kinds),
         FileLock(run.sweep / "opening.lock"),  # the tables of a fresh database must not be made twice
     ):
-        backend = optuna.storages.RDBStorage(
-            url, heartbeat_interval=HEARTBEAT, grace_period=6 * HEARTBEAT,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {},
-        )  # fmt: skip
+        for attempt in range(3):  # machines that start on a fresh database at once make its tables twice
+            with contextlib.suppress(*kinds if attempt < 2 else ()):
+                backend = optuna.storages.RDBStorage(
+                    url, heartbeat_interval=HEARTBEAT, grace_period=6 * HEARTBEAT,
+                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+                    engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {},
+                )  # fmt: skip
+                break
+            time.sleep(0.5 + random.random())
         names = optuna.get_all_study_names(backend)
         if not create and name not in names:
             raise UserError(f"There is no sweep {name!r} in {where}; there are: {', '.join(names) or 'none'}.")
@@ -239,15 +251,16 @@ class Worker:
             if "validation_loss" in row:
                 trial.report(row["validation_loss"], next(validations))
                 if trial.should_prune():
-                    raise optuna.TrialPruned
+                    raise Stopped
 
         state, value, what = TrialState.FAIL, None, "interrupted"
         try:
-            with Tracker(self.tracking, folder.folder, settings.to_dict(), label, study.study_name) as tracker:
+            with Tracker(
+                self.tracking, folder.folder, config(settings, self.prepared), label, study.study_name
+            ) as tracker:
                 loss = train_trial(folder, self.prepared, settings, self.device, report)
-                tracker.summary(validation_loss=loss)  # what W&B compares trials by
             state, value, what = TrialState.COMPLETE, loss, f"{LOSS} {loss:.3f}"
-        except optuna.TrialPruned:
+        except Stopped:
             state, what = TrialState.PRUNED, "stopped early"
         except OWN_FAILURES as error:
             what = f"failed ({error})"
@@ -277,16 +290,32 @@ def train_trial(run: Run, prepared: Prepared, settings: Settings, device: torch.
     return loss
 
 
-def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device) -> None:
-    """One trial of a W&B sweep, from the run's prepared data, in a folder named by the sweep and by W&B's run."""
-    prepared = Prepared.load(run.data)
-    settings = prepared.settings.change(**changes)
-    name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
-    folder = Run(run.sweep / os.environ.get("WANDB_SWEEP_ID", "agents") / name)
-    with Tracker(tracking, folder.folder, settings.to_dict()) as tracker:
-        loss = train_trial(folder, prepared, settings, device, tracker.log)
-        tracker.summary(validation_loss=loss)
-    print(f"{LOSS} {loss:.4f}: {display_path(folder.folder)}")
+def config(settings: Settings, prepared: Prepared) -> dict:
+    """What W&B keeps of a trial's choices."""
+    return settings.to_dict() | {"corpus": prepared.corpus["name"]}
+
+
+def agent_run(folder: Path, sweep: str) -> Run:
+    """The run within a sweep's folder that holds the data of one W&B sweep; its trials' folders lie beside them."""
+    return Run(folder / "online" / sweep.rpartition("/")[2])
+
+
+def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device, data: str) -> None:
+    """One trial of a W&B sweep, on the sweep's prepared data, in a folder named by W&B's run.
+    What its own settings bring about fails at W&B and does not end the agent; SIGTERM is the agent's early stop.
+    Raises UserError if the data or the settings that it starts from have another digest than the sweep's."""
+    here = agent_run(run.folder, os.environ.get("WANDB_SWEEP_ID", "agents"))
+    prepared, name = Prepared.load(here.data), os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
+    if data and training_digest(prepared.settings, prepared) != data:
+        raise UserError(f"{display_path(here.data)} is not what this sweep trains on. {SAME}")
+    settings, folder = prepared.settings.change(**changes), Run(here.folder / name)
+    try:
+        with Tracker(tracking, folder.folder, config(settings, prepared)) as tracker:
+            signal.signal(signal.SIGTERM, tracker.stop)
+            said = f"{LOSS} {train_trial(folder, prepared, settings, device, tracker.log):.4f}"
+    except (Stopped, *OWN_FAILURES) as error:
+        said = str(error)
+    print(f"{said}: {display_path(folder.folder)}")
 
 
 def trial_table(study: optuna.Study) -> pd.DataFrame:
@@ -311,8 +340,14 @@ def best_settings(study: optuna.Study) -> Settings:
 
 
 def write_profile(path: Path, study: optuna.Study) -> None:
-    """The best settings as a profile, to train with `--profile PATH`: what the trial chose, and what is no default."""
-    settings, defaults, best = best_settings(study).to_dict(), Settings().to_dict(), study.best_trial
-    settings = {name: value for name, value in settings.items() if name in best.params or value != defaults[name]}
-    head = f"# The best of {len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}, "
-    write_text(path, f"{head}{LOSS} {best.value:.4f}.\n{yaml.safe_dump(settings, sort_keys=False)}")
+    """The best settings as a profile, to train with `--profile PATH`."""
+    settings, best = best_settings(study), study.best_trial
+    head = f"{len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}"
+    write_settings(path, settings, best.params, f"{head}, {LOSS} {best.value:.4f}")
+
+
+def write_settings(path: Path, best: Settings, chosen: Iterable[str], what: str) -> None:
+    """A profile of what is `chosen` or no default, with a word of what it is the best of."""
+    settings, defaults = best.to_dict(), Settings().to_dict()
+    settings = {name: value for name, value in settings.items() if name in chosen or value != defaults[name]}
+    write_text(path, f"# The best of {what}.\n{yaml.safe_dump(settings, sort_keys=False)}")

@@ -32,11 +32,18 @@ READY = """() => {
         && app.commands.hasCommand('notebook:run-all-cells');
 }"""
 
+WIDTHS = """all => Promise.all(all.map(async picture => {
+    while (!picture.complete || !picture.src) await new Promise(resolve => setTimeout(resolve, 50));
+    return picture.naturalWidth;
+}))"""
+
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab's address, with settings of its own and the notebooks' copies."""
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    """JupyterLab's address, serving copies from a root as `make lab` does, with settings of its own."""
+    root = tmp_path / "root"
+    for folder in ("notebooks", "images", "helpers", "results"):
+        shutil.copytree(ROOT / folder, root / folder)
     settings = tmp_path / "settings" / "@jupyterlab"
     for plugin, name in (("apputils-extension", "notification"), ("notebook-extension", "tracker")):
         (settings / plugin).mkdir(parents=True)
@@ -53,7 +60,7 @@ def lab(tmp_path):
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
                "--IdentityProvider.token=reader", "--LabApp.expose_app_in_browser=True"]  # fmt: skip
     with open(tmp_path / "lab.log", "wb") as log:
-        server = subprocess.Popen(command, cwd=tmp_path / "notebooks", env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(120):
@@ -77,7 +84,7 @@ def test_a_reader_runs_the_notebook_and_talks_to_the_bot(lab, tmp_path):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1200, "height": 1000})
         page.set_default_timeout(180_000)
-        page.goto(f"{lab}/lab/tree/04_decoding_and_chat.ipynb?token=reader")
+        page.goto(f"{lab}/lab/tree/notebooks/04_decoding_and_chat.ipynb?token=reader")
         page.wait_for_function(READY)
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         line = page.get_by_placeholder("Say something and press Enter")
@@ -97,3 +104,25 @@ def test_a_reader_runs_the_notebook_and_talks_to_the_bot(lab, tmp_path):
         browser.close()
     assert [reply.startswith("bot ") and len(reply) > 6 for reply in replies] == [True] * 3
     assert not errors
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_every_picture_is_seen_and_every_link_leads_somewhere(lab):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        for name in ("02_model", "04_decoding_and_chat"):
+            page = browser.new_page()
+            page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?reset&token=reader")
+            page.wait_for_function(READY)
+            prose = page.locator(".jp-MarkdownOutput")
+            widths = prose.locator("img").evaluate_all(WIDTHS)
+            assert widths, name
+            assert all(widths), name
+            links = prose.locator("a").evaluate_all("all => all.map(a => a.href)")
+            files = [link for link in links if link.startswith(f"{lab}/files/")]
+            assert files, links
+            assert all(page.request.get(link).ok for link in files), files
+            page.close()
+        browser.close()

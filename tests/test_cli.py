@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import sys
 import pytest
 
 import helpers.__main__
+import tools.sweeps
 from helpers.__main__ import main
 from helpers.settings import load_profile, parse_changes
 from helpers.training import Checkpoint
@@ -37,9 +39,10 @@ def trained_by_command(corpus_folder, tmp_path_factory):
     ],
 )
 def test_each_command_has_the_profile_of_its_own(arguments, profile):
-    options = helpers.__main__._parser().parse_args(arguments)
+    parser = helpers.__main__._parser() if arguments[0] == "train" else tools.sweeps.parser()
+    options = parser.parse_args(arguments)
     assert (options.profile, options.corpus, options.set) == (profile, "sample", [])
-    assert helpers.__main__._parser().parse_args([*arguments, "--profile", "classic"]).profile == "classic"
+    assert parser.parse_args([*arguments, "--profile", "classic"]).profile == "classic"
 
 
 def test_training_is_with_the_profiles_settings_and_the_changes(trained_by_command):
@@ -165,3 +168,17 @@ def test_a_pairs_file_with_a_wrong_line_names_it(trained_by_command, tmp_path, c
         pairs.write_text(text)
         assert main(["score", "--run", str(trained_by_command), str(pairs)]) == 1
         assert word in capsys.readouterr().err
+
+
+def test_threads_that_wait_leave_the_processor_to_others():
+    program = "import os, helpers; print(os.environ['OMP_WAIT_POLICY'], 'torch' in __import__('sys').modules)"
+    own = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    told = [subprocess.run([sys.executable, "-c", program], env=own | more, capture_output=True, text=True, check=True)
+            for more in ({}, {"OMP_WAIT_POLICY": "ACTIVE"})]  # fmt: skip
+    assert [done.stdout.split() for done in told] == [["PASSIVE", "False"], ["ACTIVE", "False"]]
+
+
+def test_help_is_printed_in_any_encoding():
+    done = subprocess.run([sys.executable, "-m", "helpers", "--help"], capture_output=True, check=False,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert done.returncode == 0, done.stderr

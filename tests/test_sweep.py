@@ -7,17 +7,18 @@ import time
 
 import optuna
 import pytest
+import sqlalchemy
 import yaml
 from wandb.sdk.launch.sweeps import utils as agent
 
 import helpers.sweep
 from benchmarks import sweep_report
 from benchmarks.sweep_report import seeds_table
-from helpers.__main__ import main
-from helpers.batches import Prepared
+from helpers.__main__ import main as helpers_main
 from helpers.run import ROOT, Run
 from helpers.settings import Settings, UserError, load_profile
 from helpers.sweep import (
+    agent_run,
     best_settings,
     join_sweep,
     open_study,
@@ -28,6 +29,7 @@ from helpers.sweep import (
     write_profile,
 )
 from tests.conftest import CPU, TINY
+from tools.sweeps import main
 
 HEAD = "method: random\nmetric: {name: validation_loss, goal: minimize}\nparameters:\n"
 RATES = HEAD + "  learning_rate: {values: [0.001, 0.01]}\n"
@@ -72,6 +74,7 @@ def test_the_series_own_files_are_valid_and_have_the_classic_space():
         (RATES.replace("minimize", "maximize"), "minimize"),
         ("methods: random\n" + RATES, "no key 'methods'"),
         ("run_cap: many\n" + RATES, "run_cap"),
+        ("name: ../../x\n" + RATES, "name"),
         (HEAD + "  clipp: {values: [1]}", "clipp"),
         (HEAD + "  min_count: {values: [1, 2]}", "min_count"),
         (HEAD + "  clip: [1, 2]", "clip"),
@@ -102,6 +105,11 @@ def test_a_plan_tries_nothing_twice_and_a_longer_one_begins_alike(tmp_path):
     assert planned(spec, 4, 1) == plan[:4]
     assert len(planned(spec, 50, 1)) == 8
     assert planned(spec, 6, 2) != plan
+
+
+def test_steps_are_multiples_of_q_as_they_are_at_wandb(tmp_path):
+    spec = spec_of(tmp_path, HEAD + "  clip: {distribution: q_uniform, min: 3, max: 52, q: 10}\n")
+    assert {params["clip"] for params in planned(spec, 50, 1)} == {0, 10, 20, 30, 40, 50}
 
 
 def test_trials_are_logged_offline_go_on_and_are_ranked(tmp_path, prepared, capsys):
@@ -183,6 +191,24 @@ def test_the_best_is_trained_anew_with_seeds_that_the_sweep_did_not_have(tmp_pat
     assert found["validation loss"].nunique() == 2  # here both are the same settings
 
 
+def test_machines_that_make_a_fresh_database_s_tables_at_once_both_live(tmp_path, monkeypatch):
+    """One of them finds the tables half made by the other; their locks are on their own disks."""
+    storage, failures = optuna.storages.RDBStorage, [sqlalchemy.exc.OperationalError("CREATE", {}, Exception("exists"))]
+    real = storage.__init__
+
+    def racing(self, *arguments, **options):
+        if failures:
+            raise failures.pop()
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(storage, "__init__", racing)
+    url = f"sqlite:///{tmp_path}/shared.db"
+    assert open_study(Run(tmp_path / "one"), "s", url, create=True).study_name == "s"
+    failures.extend([ValueError("never")] * 5)
+    with pytest.raises(UserError, match=r"cannot be opened \(never\)"):
+        open_study(Run(tmp_path / "two"), "s", url)
+
+
 def test_a_sweep_without_a_finished_trial_says_so(tmp_path, prepared):
     run, spec = Run(tmp_path / "run"), spec_of(tmp_path, RATES)
     study = run_sweep(run, prepared, BASE, spec, 0, "off")
@@ -249,7 +275,7 @@ def test_an_interrupted_seed_is_trained_from_its_start(tmp_path, prepared):
 
 
 # A worker whose death others notice within seconds.
-WORKER = "import sys, helpers.sweep; helpers.sweep.HEARTBEAT = 1; from helpers.__main__ import main; sys.exit(main())"
+WORKER = "import sys, helpers.sweep; helpers.sweep.HEARTBEAT = 1; from tools.sweeps import main; sys.exit(main())"
 
 
 def worker(*arguments, said):
@@ -302,7 +328,7 @@ def test_a_worker_joins_a_sweep_by_its_id(tmp_path, prepared):
 def test_two_agents_of_the_file_s_command_do_not_collide(tmp_path, prepared):
     """The command as W&B's own agent expands it, twice at once, logging offline since there is no account here."""
     run = Run(tmp_path / "run")
-    prepared.save(run.data)
+    prepared.save(agent_run(run.folder, "p/s1").data)
     spec = read_sweep(ROOT / "notebooks" / "sweep.yaml")
     processes = []
     for name in ("aaaa", "bbbb"):
@@ -319,7 +345,7 @@ def test_two_agents_of_the_file_s_command_do_not_collide(tmp_path, prepared):
         output = process.communicate(timeout=100)[0]
         assert process.returncode == 0, output
     for name in ("aaaa", "bbbb"):
-        assert len(list((run.sweep / "s1" / name / "wandb").glob(f"offline-run-*-{name}"))) == 1
+        assert len(list((run.folder / "online" / "s1" / name / "wandb").glob(f"offline-run-*-{name}"))) == 1
 
 
 def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, capsys):
@@ -353,8 +379,10 @@ def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, cap
         (["latency", "--json", "."], "file's name"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, word, tmp_path, capsys):
-    assert main([*arguments, "--run", str(tmp_path / "run")]) == 1
+def test_bad_input_is_one_sentence(arguments, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")  # whatever login there is
+    command = helpers_main if arguments[0] in ("trial", "latency") else main
+    assert command([*arguments, "--run", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
@@ -362,40 +390,13 @@ def test_bad_input_is_one_sentence(arguments, word, tmp_path, capsys):
 
 
 def test_an_online_sweep_takes_no_number_of_trials_and_no_database(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("helpers.tracking.logged_in", lambda: True)
+    monkeypatch.setattr("tools.sweeps.usual_mode", lambda: "online")
     arguments = ["sweep", str(ROOT / "notebooks" / "sweep.yaml"), "--run", str(tmp_path)]
     assert main([*arguments, "--trials", "3"]) == 1
     assert "run_cap" in capsys.readouterr().err
     for words in (arguments, ["sweep-worker", "id", "--run", str(tmp_path)]):
         assert main([*words, "--wandb", "online", "--storage", "sqlite:///:memory:"]) == 1
         assert "--wandb offline" in capsys.readouterr().err
-
-
-def test_an_online_worker_leaves_other_data_alone(tmp_path, corpus_folder, prepared, monkeypatch, capsys):
-    agents = []
-    monkeypatch.setattr("helpers.tracking.run_agent", lambda *what: agents.append(what))
-    run = Run(tmp_path / "run")
-    prepared.save(run.data)
-    before = run.data.read_bytes()
-    arguments = ["sweep-worker", "p/id", "--run", str(run.folder), "--wandb", "online", "--corpus", str(corpus_folder)]
-    assert main([*arguments, "--set", "min_count=7"]) == 1
-    assert "the sweep's own" in capsys.readouterr().err
-    assert run.data.read_bytes() == before
-    assert main([*arguments, "--profile", "cornell"]) == 1
-    assert "the sweep's own" in capsys.readouterr().err
-    assert run.data.read_bytes() == before
-    assert agents == []
-
-
-def test_an_online_worker_uses_the_sweep_s_own_data(tmp_path, corpus_folder, monkeypatch):
-    agents = []
-    monkeypatch.setattr("helpers.tracking.run_agent", lambda *what: agents.append(what))
-    run = Run(tmp_path / "run")
-    arguments = ["sweep-worker", "p/id", "--run", str(run.folder), "--wandb", "online", "--corpus", str(corpus_folder)]
-    for _ in range(2):
-        assert main(arguments) == 0
-    assert agents == [("p/id", run.folder)] * 2
-    assert Prepared.load(run.data).settings == load_profile("sweep")
 
 
 @pytest.mark.parametrize(

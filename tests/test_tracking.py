@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import pytest
 
 from helpers.run import Run
 from helpers.settings import UserError
-from helpers.tracking import Tracker, check_mode, create_sweep, logged_in, run_agent
+from helpers.tracking import Stopped, Tracker, check_mode
 from helpers.training import fit
 from tests.conftest import CPU, TINY
 
@@ -35,13 +36,14 @@ class Noted:
     """In the place of a W&B run."""
 
     def __init__(self) -> None:
-        self.logged, self.summary, self.finished = [], {}, 0
+        self.logged, self.summary, self.finished, self.committed = [], {}, [], []
 
-    def log(self, values, step):
+    def log(self, values, step, commit):
         self.logged.append((step, values))
+        self.committed += [step] * commit
 
-    def finish(self):
-        self.finished += 1
+    def finish(self, exit_code):
+        self.finished.append(exit_code)
 
 
 def test_every_validation_and_every_twentieth_update_are_logged_at_their_update(tmp_path, monkeypatch):
@@ -55,7 +57,7 @@ def test_every_validation_and_every_twentieth_update_are_logged_at_their_update(
             if update % 15 == 0:
                 tracker.log({"update": update, "validation_loss": 2.0})
         tracker.summary(best_loss=2.0, best_update=15)
-        assert noted.finished == 0
+        assert noted.finished == []
     assert noted.logged == [
         (15, {"validation_loss": 2.0}),
         (20, {"loss": 20.0, "learning_rate": 0.1}),
@@ -63,8 +65,9 @@ def test_every_validation_and_every_twentieth_update_are_logged_at_their_update(
         (40, {"loss": 40.0, "learning_rate": 0.1}),
         (45, {"validation_loss": 2.0}),
     ]
-    assert noted.summary == {"best_loss": 2.0, "best_update": 15}
-    assert noted.finished == 1
+    assert noted.summary == {"best_loss": 2.0, "best_update": 15, "validation_loss": 2.0}
+    assert noted.committed == [15, 30, 45]
+    assert noted.finished == [0]
 
 
 def test_a_training_tells_its_tracker_what_it_did(prepared, tmp_path, monkeypatch):
@@ -89,29 +92,25 @@ def test_an_unknown_mode_is_refused(tmp_path):
         check_mode("sometimes")
 
 
-@pytest.fixture
-def no_account(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    return tmp_path / "netrc"
+@pytest.mark.parametrize(
+    ("end", "code"), [(None, 0), (Stopped("early"), 0), (UserError("diverged"), 1), (KeyboardInterrupt(), 1)]
+)
+def test_the_summary_has_the_best_loss_and_the_run_its_exit_code_however_it_ends(tmp_path, monkeypatch, end, code):
+    noted = Noted()
+    monkeypatch.setattr("wandb.init", lambda **_: noted)
+    with contextlib.suppress(Stopped, UserError, KeyboardInterrupt), Tracker("offline", tmp_path, {}) as tracker:
+        for update, loss in [(1, 3.0), (2, 1.0), (3, 9.0)]:
+            tracker.log({"update": update, "validation_loss": loss})
+        if end:
+            raise end
+    assert noted.summary == {"validation_loss": 1.0}
+    assert noted.finished == [code]
 
 
-def test_a_login_is_found_where_wandb_writes_it(no_account, monkeypatch):
-    assert not logged_in()
-    no_account.write_text("machine elsewhere\n  login user\n  password secret\n")
-    no_account.chmod(0o600)
-    assert not logged_in()
-    no_account.write_text("machine localhost:9\n  login user\n  password secret\n")
-    assert logged_in()
-    no_account.unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
-    assert logged_in()
-
-
-def test_an_online_sweep_without_an_account_says_what_to_do(no_account, tmp_path):
-    spec = {"method": "random", "metric": {"name": "x"}, "parameters": {"clip": {"values": [1]}}}
-    with pytest.raises(UserError, match="wandb login"):
-        create_sweep(spec)
-    with pytest.raises(UserError, match="agent of sweep abc"):
-        run_agent("abc", tmp_path)
+def test_a_stopped_run_ends_at_its_next_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("wandb.init", lambda **_: Noted())
+    with Tracker("online", tmp_path, {}) as tracker:
+        tracker.log({"update": 1})
+        tracker.stop()
+        with pytest.raises(Stopped):
+            tracker.log({"update": 2})

@@ -1,0 +1,212 @@
+"""A sweep's commands: by W&B's server and its agents with an account, by Optuna without; `make sweep` calls them.
+
+python -m tools.sweeps sweep FILE --run DIR …  |  sweep-worker ID --run DIR …  |  best ID --run DIR
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import wandb
+from wandb.sdk.lib import wbauth
+
+from helpers.batches import prepare
+from helpers.corpus import read_corpus
+from helpers.run import Run, choose_device, display_path
+from helpers.settings import NAMES, Settings, UserError, load_profile, parse_changes, user_errors
+from helpers.sweep import (
+    LOSS,
+    SAME,
+    agent_run,
+    join_sweep,
+    open_study,
+    read_sweep,
+    run_sweep,
+    write_profile,
+    write_settings,
+)
+from helpers.tracking import PROJECT, check_mode
+from helpers.training import training_digest
+
+# What an agent calls for each trial, where the sweep's file has no command of its own.
+COMMAND = ["${env}", "${interpreter}", "-m", "helpers", "trial", "${args_no_hyphens}"]
+
+
+def usual_mode() -> str:
+    """How a sweep is logged unless told otherwise: online with a W&B login, if WANDB_MODE does not forbid it.
+    Raises UserError for a login that cannot be read."""
+    settings = wandb.setup().settings
+    host, mode = os.environ.get("WANDB_BASE_URL") or settings.base_url, os.environ.get("WANDB_MODE") or settings.mode
+    if mode != "online":
+        return "off" if mode == "disabled" else "offline"
+    # The look-up alone: wandb.login() asks the server, and waits where there is no network.
+    with user_errors("The W&B login cannot be used", "Mend it, or add --wandb offline.", wandb.Error, ValueError):
+        found = wbauth.authenticate_session(host=host, source="a sweep", prompt=False, update_session=False)
+    return "online" if found else "offline"
+
+
+def create_sweep(spec: dict, data: str) -> str:
+    """Register a sweep, whose trials train on the data of this digest or not at all.
+    Returns its path, `[entity/]project/id`. Raises UserError if W&B refuses."""
+    entity, project = spec.get("entity"), spec.get("project", PROJECT)
+    spec = {"program": "helpers"} | spec | {"command": [*(spec.get("command") or COMMAND), "--data", data]}
+    with user_errors("W&B did not take the sweep", "Mend that, or add --wandb offline.", wandb.Error, ValueError):
+        return "/".join(filter(None, [entity, project, wandb.sweep(spec, project=project, entity=entity)]))
+
+
+def find_sweep(name: str):
+    """W&B's sweep by its path or its bare id. Raises UserError if it is not there."""
+    path = name if "/" in name else f"{PROJECT}/{name}"
+    with user_errors(f"W&B does not show the sweep {path}", "Give its path, [entity/]project/id.", Exception):
+        return wandb.Api().sweep(path)  # which raises errors of many kinds
+
+
+def run_agent(sweep: str, folder: Path, device: str) -> None:
+    """Work on a W&B sweep until it is done: each trial is the command of the sweep, with the data in `folder`.
+    A KeyboardInterrupt, or SIGTERM, ends the trial too. Raises UserError if a trial or the agent fails."""
+    command = ["agent", "--forward-signals", "--max-consecutive-failed-runs", "1"]
+    with tempfile.TemporaryDirectory() as own:
+        python, failed = Path(own, "python"), Path(own, "failed")  # a trial's command says python: this one
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
+        env = {name: value for name, value in os.environ.items() if name != "WANDB_RUN_ID"} | {
+            "PATH": f"{own}:{os.environ['PATH']}", "WANDB_DIR": str(folder.absolute()), "CHATBOT_DEVICE": device,
+            "CHATBOT_RUN": str(folder.absolute()), "CHATBOT_FAILED": str(failed),
+        }  # fmt: skip
+        # In a session of its own it hears of Ctrl-C once, by us, and hands it on to the trial.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        path = sweep if "/" in sweep else f"{PROJECT}/{sweep}"
+        agent = subprocess.Popen([sys.executable, "-m", "wandb", *command, path], env=env, start_new_session=True)
+        try:
+            agent.wait()
+        except KeyboardInterrupt:
+            agent.send_signal(signal.SIGINT)
+            agent.wait()
+            raise
+        if agent.returncode or failed.is_file():
+            said = failed.read_text(encoding="utf-8") if failed.is_file() else "its own message stands above."
+            raise UserError(f"The W&B agent of sweep {sweep} has failed: {said}")
+
+
+def write_online_profile(path: Path, name: str) -> None:
+    """The same of a sweep at W&B. Raises UserError if it has no finished trial."""
+    sweep = find_sweep(name)
+    best = sweep.best_run()
+    if best is None or "validation_loss" not in best.summary:
+        raise UserError(f"No trial of the sweep {name} has finished.")
+    settings = Settings(**{key: value for key, value in best.config.items() if key in NAMES})
+    head = f"{len(sweep.runs)} trials of sweep {name}: {best.name}, {LOSS} {best.summary['validation_loss']:.4f}"
+    write_settings(path, settings, sweep.config["parameters"], head)
+
+
+def mode_of(options: argparse.Namespace, local: bool) -> str:
+    """How a sweep is tracked; a `local` one, planned by Optuna, is online only where somebody says so."""
+    mode = options.wandb or usual_mode()
+    return "offline" if local and mode == "online" and not options.wandb else mode
+
+
+def is_local(options: argparse.Namespace) -> bool:
+    return bool(options.storage) or (options.run.sweep / options.sweep).is_dir()
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Run the trials of a W&B sweep file: by W&B's agents with an account, by Optuna without."""
+    run, spec, settings = options.run, read_sweep(options.file), settings_of(options)
+    mode = mode_of(options, bool(options.storage))
+    if mode == "online" and (options.storage or options.trials):
+        raise UserError("W&B's server plans an online sweep: give run_cap in its file instead, or add --wandb offline.")
+    prepared = prepare(read_corpus(options.corpus), settings)
+    if mode == "online":
+        name = create_sweep(spec, training_digest(settings, prepared))
+        prepared.save(agent_run(run.folder, name).data)
+        data = shlex.join([f"CORPUS={options.corpus}", f"PROFILE={options.profile}"])
+        print(f"another machine joins with: make sweep-worker SWEEP={name} {data}", flush=True)
+        run_agent(name, run.folder, str(options.device))
+    else:
+        trials = options.trials or spec.get("run_cap", 60)
+        run_sweep(run, prepared, settings, spec, trials, mode, storage=options.storage, device=options.device)
+
+
+def join(options: argparse.Namespace) -> None:
+    """Join a sweep by its id: one in this folder or database, or one of W&B's."""
+    run, mode = options.run, mode_of(options, is_local(options))
+    if mode == "online" and options.storage:
+        raise UserError("W&B's server keeps an online sweep: leave --storage out, or add --wandb offline.")
+    if mode == "online":
+        command, settings = find_sweep(options.sweep).config.get("command", []), settings_of(options)
+        prepared = prepare(read_corpus(options.corpus), settings)
+        if training_digest(settings, prepared) not in command:
+            raise UserError(f"The sweep {options.sweep} trains on another corpus or profile. {SAME}")
+        prepared.save(agent_run(run.folder, options.sweep).data)
+        run_agent(options.sweep, run.folder, str(options.device))
+    else:
+        join_sweep(run, options.sweep, mode, storage=options.storage, device=options.device)
+
+
+def best(options: argparse.Namespace) -> None:
+    """Write a sweep's best settings as a profile, best.yaml in the run's folder."""
+    target = options.run.folder / "best.yaml"
+    if not is_local(options) and usual_mode() == "online":
+        write_online_profile(target, options.sweep)
+    else:
+        write_profile(target, open_study(options.run, options.sweep, options.storage))
+    print(f"{display_path(target)}: train it with --profile {display_path(target)}")
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    return load_profile(options.profile).change(**parse_changes(options.set))
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{text!r} is not a number from 1 on.")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="python -m tools.sweeps", description=__doc__)
+    commands = whole.add_subparsers(required=True, metavar="command")
+    for name, function in {"sweep": plan, "sweep-worker": join, "best": best}.items():
+        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        added.set_defaults(command=function)
+        if function is plan:
+            added.add_argument("file", type=Path, help="a W&B sweep file")
+            added.add_argument("--trials", type=count, help="how many; otherwise the file's run_cap")
+        else:
+            added.add_argument("sweep", help="the sweep's id")
+        added.add_argument("--run", type=Run, metavar="DIR", required=True, help="the run's folder")
+        url = os.environ.get("CHATBOT_STORAGE", "")
+        added.add_argument("--storage", default=url, help="a database's URL, better in the variable CHATBOT_STORAGE")
+        if function is not best:
+            added.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+            added.add_argument("--corpus", default="sample", help="sample, cornell, or a path")
+            added.add_argument("--profile", default="sweep", help="a name in notebooks/profiles, or a YAML file")
+            added.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
+            modes = "off, offline or online; without it, online where there is a login"
+            added.add_argument("--wandb", type=check_mode, help=modes)
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. What the user can put right ends in one sentence, not a traceback."""
+    try:
+        options = parser().parse_args(arguments)
+        if options.storage:  # W&B keeps the arguments and uploads them; the URL may hold a password
+            sys.argv[:] = [word.replace(options.storage, "...") for word in sys.argv]
+        options.command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
