@@ -32,6 +32,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import textbook, world
+from benchmarks.results import result_path
 from helpers import training
 from helpers.batches import Batch, BucketedSampler, Pairs, prepare
 from helpers.corpus import read_corpus
@@ -39,7 +40,7 @@ from helpers.decoding import greedy
 from helpers.evaluation import evaluate
 from helpers.model import Seq2Seq, new_model
 from helpers.profiling import machine_peaks
-from helpers.run import choose_device, machine, products, result_path, seconds, write_json
+from helpers.run import choose_device, machine, products, seconds, write_json
 from helpers.settings import Settings, UserError, load_profile
 from helpers.text import PAD, Vocabulary
 

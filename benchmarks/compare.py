@@ -19,16 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.replies import commonest_reply, reply_metrics
 from helpers.batches import Pairs, Prepared, prepare
 from helpers.chat import Chatbot
 from helpers.corpus import read_corpus
 from helpers.decoding import mutual_information
 from helpers.evaluation import (
-    commonest_reply,
     evaluate,
     log_probability,
     replies_of,
-    reply_metrics,
     score,
 )
 from helpers.run import ROOT, Run, choose_device, machine, write_json

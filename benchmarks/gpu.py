@@ -187,7 +187,7 @@ def tables(here: Stage, compilation: bool) -> None:
     if compilation:
         plans = [(plans[0][0], SIZES[:1]), (plans[0][0], SIZES[1:2])]
     else:
-        model, vocabulary, settings = load_model(here.run.checkpoint, here.device)
+        model, vocabulary, settings, _ = load_model(here.run.checkpoint, here.device)
         name = f"run's: {settings.hidden_size} hidden, {settings.layers} layer(s), {len(vocabulary):,} words"
         test = data.splits["test"].to(here.device)
         plans.append((latency.Subject(name, model, test, settings.max_response_words + 1, textbook_greedy), SIZES))

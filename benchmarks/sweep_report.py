@@ -12,18 +12,48 @@ import math
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import optuna
 import pandas as pd
 import torch
 from scipy import stats
 
+from helpers import plots
 from helpers.batches import Prepared
 from helpers.evaluation import evaluate
-from helpers.importance import importance, losses_by_value, shares_of
+from helpers.importance import importance, shares_of
 from helpers.model import new_model
 from helpers.run import Run, choose_device, machine, write_json, write_text
 from helpers.settings import Settings, UserError
 from helpers.sweep import LOSS, best_settings, open_study, space_of, train_trial, trial_table
+
+
+def losses_by_value(table: pd.DataFrame, parameter: str) -> dict[str, pd.Series]:
+    """The losses of the trials that had each value of a parameter; more than five different numbers count by thirds."""
+    table = table.dropna(subset=[LOSS])
+    values = table[parameter]
+    if values.nunique() > 5 and pd.api.types.is_numeric_dtype(values):
+        thirds = pd.qcut(values, 3, labels=False, duplicates="drop")
+        names = values.groupby(thirds).agg(lambda third: f"{third.min():.3g} to {third.max():.3g}")
+        values = thirds.map(names).astype(pd.CategoricalDtype(list(dict.fromkeys(names)), ordered=True))
+    return {str(value): losses for value, losses in table[LOSS].groupby(values, observed=True)}
+
+
+def panels_by_value(groups: dict[str, dict[str, pd.Series]]) -> plt.Figure:
+    """One panel per parameter: the loss of every trial at the value it had, and a bar at the value's mean."""
+    figure, panels = plt.subplots(1, len(groups), figsize=(1.9 * len(groups), 3.2), sharey=True, squeeze=False)
+    for axes, (name, by_value) in zip(panels[0], groups.items(), strict=True):
+        for place, losses in enumerate(by_value.values()):
+            # Side by side in an order by chance: sorted ones would look like a trend.
+            losses = np.random.default_rng(0).permutation(losses)
+            spread = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
+            axes.plot(place + spread, losses, "o", color=plots.GREY, markersize=3, alpha=0.7)
+            axes.hlines(losses.mean(), place - 0.35, place + 0.35, color=plots.RED, linewidth=2)
+        axes.set_xticks(range(len(by_value)), list(by_value), rotation=60, fontsize=8)
+        axes.set_xlabel(name.replace("_", "\n"))
+    panels[0][0].set_ylabel("validation loss")
+    return figure
 
 
 def seeds_table(

@@ -2,13 +2,13 @@
 
     settings     every choice of a run, with its type and bounds
     run          a run's folder and its files, the machine, devices and clocks
-    plots        every figure, from plain data
+    plots        figures from plain data, and what else a notebook shows
     tracking     one door to Weights & Biases                                            03, 05
     text         text to words to ids, and back                                          01
     corpus       the files of a corpus to exchanges, query and response                  01
     batches      exchanges to splits, vocabulary and padded batches                      01
     model        encoder, attention (which masks padding) and decoder                    02
-    evaluation   the loss, likelihood, and figures of replies                            03, 04
+    evaluation   the loss, likelihood, and the replies to many queries                   03, 04
     training     one update, the loop around it, checkpoints, resuming                   03
     decoding     logits to words: greedy, beam, sampling, mutual information             04
     chat         text in, reply out; in a terminal and in a notebook                     04

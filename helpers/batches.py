@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.corpus import Corpus, Exchange
-from helpers.run import digest, display_path, no_garbage_collection, read_tensors, write_tensors
+from helpers.corpus import Corpus, Exchange, read_corpus
+from helpers.run import digest, display_path, read_tensors, write_tensors
 from helpers.settings import DATA_SETTINGS, Settings, UserError, user_errors
-from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, tokenise
+from helpers.text import EOS, PAD, SOS, SPECIAL, UNK, Vocabulary, forms, lower, spell
 
 SPLITS = ("train", "validation", "test")
-FORMAT = 3  # of data.pt
+FORMAT = 4  # of data.pt
 BUCKET = 100  # batches whose examples are sorted by length together
 # What batches are padded to, in words: few shapes, each of which libraries prepare for and CUDA graphs record.
 SIZES = [2, 4, 6, 8, 10, 12, *(n * 2**k for k in range(2, 20) for n in (4, 5, 6))]
@@ -35,21 +35,28 @@ class Batch(NamedTuple):
     inputs: Tensor  # (batch, response time): SOS and the response without its last id
     targets: Tensor  # (batch, response time): the response and its EOS
 
-    def with_dropout(self, query_share: float, word_share: float) -> "Batch":
+    def with_dropout(self, query_share: float, word_share: float, strange_share: float = 0.0) -> "Batch":
         """The batch with a share of its queries replaced by silence, and of its words (not the targets) by UNK.
-        Both are drawn from torch's global random numbers, of which none are used where the share is 0."""
-        query, lengths, inputs = self.query, self.query_lengths, self.inputs
+        A further share gets strange queries, words of the batch in any order and UNK, and no words for a response.
+        All are drawn from torch's global random numbers, of which none are used where the share is 0."""
+        query, lengths, inputs, targets = self
+        draw = functools.partial(torch.rand, device=query.device)
+        at_first = lambda ids: torch.arange(ids.size(1), device=ids.device) == 0  # noqa: E731
+        if strange_share:
+            strange = draw(len(query), 1) < strange_share
+            jumbled = query.flatten()[torch.randperm(query.numel(), device=query.device)].view_as(query).clamp(min=UNK)
+            changed = draw(query.shape) < 0.5 + 0.5 * draw(len(query), 1)
+            query = torch.where(strange & changed & (query > EOS), jumbled, query)
+            inputs = inputs.masked_fill(strange & ~at_first(inputs), PAD)
+            targets = torch.where(strange, torch.where(at_first(targets), EOS, PAD), targets)
         if word_share:
-            query, inputs = (
-                ids.masked_fill((torch.rand(ids.shape, device=ids.device) < word_share) & (ids > UNK), UNK)
-                for ids in (query, inputs)
-            )
+            query = query.masked_fill((draw(query.shape) < word_share) & (query > UNK), UNK)
+            inputs = inputs.masked_fill((draw(inputs.shape) < word_share) & (inputs > UNK), UNK)
         if query_share:
-            silent = torch.rand(len(query), device=query.device) < query_share
+            silent = draw(len(query)) < query_share
             lengths = lengths.masked_fill(silent, 1)
-            first = torch.arange(query.size(1), device=query.device) == 0
-            query = torch.where(silent.unsqueeze(1), torch.where(first, EOS, PAD), query)
-        return Batch(query, lengths, inputs, self.targets)
+            query = torch.where(silent.unsqueeze(1), torch.where(at_first(query), EOS, PAD), query)
+        return Batch(query, lengths, inputs, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +93,7 @@ class Pairs:
 
     def shape(self, indices: Tensor) -> tuple[int, int]:
         """Query time and response time of the batch of these examples."""
-        longest = self.query_lengths[indices].max(), self.response_lengths[indices].max()
-        return _padded_size(longest[0]), _padded_size(longest[1])
+        return _padded_size(self.query_lengths[indices].max()), _padded_size(self.response_lengths[indices].max())
 
     def batch_of(self, rows: Tensor, query_time: int, response_time: int) -> Batch:
         """The examples of `rows`, what `upload` gave, on the device itself: nothing makes the CPU wait for a GPU."""
@@ -149,7 +155,27 @@ class Prepared:
     report: dict[str, int]  # exchanges read, dropped by each filter, and kept in each part
     counts: Counter[str]  # training words
     corpus: dict[str, str | int]
+    examples: list[str]  # some queries of training, as people write them
     digest: str  # of the corpus and the data settings
+
+    def anew(self, settings: Settings, base: Vocabulary | None = None) -> "Prepared":
+        """The same for other settings: prepared again only if they, or a vocabulary to build on, ask for it."""
+        if base is None and all(getattr(settings, name) == getattr(self.settings, name) for name in DATA_SETTINGS):
+            return dataclasses.replace(self, settings=settings)
+        return prepare(read_corpus(self.corpus["source"]), settings, base)
+
+    def account(self) -> str:
+        """One sentence: what was read, what each filter dropped, what was kept, and how many words are known."""
+        report, source = self.report, self.corpus
+        dropped = {"a line without text": source["silent"], "no line that they answer": source["lost"]}
+        read = report["exchanges"] + sum(dropped.values())
+        dropped |= {name: count for name, count in report.items() if name not in ("exchanges", "openers", *SPLITS)}
+        why = ", ".join(f"{count:,} for {name}" for name, count in dropped.items() if count) or "none"
+        parts = ", ".join(f"{report[name]:,} for {name}" for name in SPLITS) + f", split by {source['unit']}"
+        kept = parts if self.settings.held_out_share else "all to train on, none held out"
+        words = len(self.vocabulary) - len(SPECIAL)
+        known = f"{words:,} of {words + self.vocabulary.unknown_types:,} words known"
+        return f"{read:,} exchanges read from {source['name']}; dropped: {why}; kept: {kept}; {known}"
 
     def save(self, path: Path) -> None:
         state = vars(self) | {"settings": self.settings.to_dict()}
@@ -163,40 +189,32 @@ class Prepared:
         state = read_tensors(path, FORMAT, "notebook 01_data_preparation")
         kinds = (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError)
         with user_errors(f"{display_path(path)} is incomplete", "Delete it and prepare the data again.", *kinds):
-            texts = {name: [tuple(pair) for pair in pairs] for name, pairs in json.loads(state.pop("texts")).items()}
-            splits = {name: Pairs(**tensors) for name, tensors in state.pop("splits").items()}
-            settings, vocabulary = Settings(**state.pop("settings")), Vocabulary.from_json(state.pop("vocabulary"))
-            counts = Counter(json.loads(state.pop("counts")))
-            return cls(settings, vocabulary, splits, texts, counts=counts, **state)
+            state |= {name: json.loads(state[name]) for name in ("texts", "counts")}
+            state["texts"] = {name: [tuple(pair) for pair in pairs] for name, pairs in state["texts"].items()}
+            state["splits"] = {name: Pairs(**tensors) for name, tensors in state["splits"].items()}
+            state |= {"counts": Counter(state["counts"]), "settings": Settings(**state["settings"])}
+            return cls(**state | {"vocabulary": Vocabulary.from_json(state["vocabulary"])})
 
 
-class Tokenised(NamedTuple):
-    """An exchange in words, with the query's own predecessor in the conversation, if any."""
-
-    before: list[str]
-    query: list[str]
-    response: list[str]
-
-    def known(self, vocabulary: Vocabulary) -> bool:
-        return all(word in vocabulary for word in self.query + self.response)
-
-
-@no_garbage_collection()
-def prepare(corpus: Corpus, settings: Settings) -> Prepared:
-    """Tokenise, filter, split by movie, build the vocabulary from the training part alone, encode.
+def prepare(corpus: Corpus, settings: Settings, base: Vocabulary | None = None) -> Prepared:
+    """Tokenise, filter, split, build the vocabulary from the training part alone (and a `base`), encode.
+    Where nothing is held out, validation and test are the training's own exchanges.
     Raises UserError if nothing, or too little to split in three, is left."""
-    exchanges, split_words = corpus.exchanges, functools.cache(tokenise)  # a line is often a response and then a query
-    part_of = split(exchanges, settings.held_out_share, settings.seed)
-    report = {"exchanges": len(exchanges), "no word left": 0, "response too long": 0, "query too long": 0}
-    kept: dict[str, list[Tokenised]] = {name: [] for name in SPLITS}
-    openers: list[Tokenised] = []
-    before, conversation = [], None
-    for asked, answered, talk, movie in exchanges:
-        query, response, part = split_words(asked), split_words(answered), part_of[movie]
-        if talk != conversation:
-            before, conversation = [], talk
-            if settings.openers and part == "train" and 0 < len(query) <= settings.max_response_words:
-                openers.append(Tokenised([], [], query))
+
+    @functools.cache  # many a line comes twice, as a response and then as a query
+    def read(text: str) -> tuple[list[str], list[str]]:
+        written = forms(text, settings.marks)
+        return lower(written), written
+
+    parts, unit = split(corpus.exchanges, settings.held_out_share, settings.seed)
+    report = {"exchanges": len(corpus.exchanges), "no word left": 0, "response too long": 0, "query too long": 0}
+    kept: dict[str, list] = {name: [] for name in SPLITS}  # of (the line before, query, response), all in words
+    first_lines: dict[tuple[str, str], tuple] = {}
+    spelling: dict[str, Counter[str]] = {}
+    for (asked, answered, talk, _, preceding), part in zip(corpus.exchanges, parts, strict=True):
+        (before, _), (query, asks), (response, says) = read(preceding or ""), read(asked), read(answered)
+        if settings.openers and part == "train" and preceding is None and 0 < len(query) <= settings.max_response_words:
+            first_lines[talk, asked] = ([], [], query)
         if not query or not response:
             report["no word left"] += 1
         elif len(response) > settings.max_response_words:
@@ -204,30 +222,45 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
         elif len(query) > settings.max_query_words and settings.long_queries == "drop":
             report["query too long"] += 1
         else:  # of a long query the end says most about the response
-            kept[part].append(Tokenised(before, query[-settings.max_query_words :], response))
-        before = query
+            kept[part].append((before, query[-settings.max_query_words :], response))
+            if part == "train":
+                ends = [*settings.marks, ""]  # where a sentence starts, a capital says nothing
+                for said, forms_of in ((query, asks), (response, says)):
+                    for after, word, form in zip(["", *said], said, forms_of, strict=False):
+                        if after not in ends:
+                            spelling.setdefault(word, Counter())[form] += 1
 
-    counts = Counter(itertools.chain.from_iterable(line.query + line.response for line in kept["train"]))
-    vocabulary = Vocabulary.from_counts(counts, settings.min_count)
+    counts = Counter(itertools.chain.from_iterable(query + response for _, query, response in kept["train"]))
+    vocabulary = Vocabulary.from_counts(counts, settings.min_count, settings.marks, base)
+    commonest = {word: written.most_common(1)[0][0] for word, written in spelling.items() if word in vocabulary}
+    vocabulary.spelling.update({word: form for word, form in commonest.items() if form != word})
+    openers = list(first_lines.values())
     if settings.rare_words == "drop":
-        known = {name: [line for line in part if line.known(vocabulary)] for name, part in kept.items()}
-        report["rare word"] = sum(map(len, kept.values())) - sum(map(len, known.values()))
-        kept, openers = known, [line for line in openers if line.known(vocabulary)]
+
+        def known(part: list) -> list:
+            return [line for line in part if all(word in vocabulary for word in line[1] + line[2])]
+
+        report["rare word"] = sum(len(part) - len(known(part)) for part in kept.values())
+        kept, openers = {name: known(part) for name, part in kept.items()}, known(openers)
+    if settings.held_out_share == 0:
+        kept = dict.fromkeys(SPLITS, kept["train"])
     report |= {name: len(part) for name, part in kept.items()}
     if not all(kept.values()):
         raise UserError(f"Too little is left to split: {report}. Give a larger corpus, or settings that drop less.")
-    texts = {name: [(" ".join(line.query), " ".join(line.response)) for line in kept[name]] for name in SPLITS[1:]}
+    texts = {name: [(" ".join(query), " ".join(response)) for _, query, response in kept[name]] for name in SPLITS[1:]}
     if settings.openers:
         report["openers"] = len(openers)
         kept["train"] += openers
-    pairs = {}
+    splits = {}
     for name, part in kept.items():
-        words = [(with_context(line.before, line.query, settings.context_words), line.response) for line in part]
-        pairs[name] = Pairs.from_words(words, vocabulary)
-    source = {name: getattr(corpus, name) for name in ("name", "digest", "lines", "conversations")}
-    choices = [getattr(settings, name) for name in DATA_SETTINGS]
-    made_from = digest(corpus.digest, repr(choices), str(FORMAT))
-    return Prepared(settings, vocabulary, pairs, texts, report, counts, source, made_from)
+        words = [(with_context(before, query, settings.context_words), answer) for before, query, answer in part]
+        splits[name] = Pairs.from_words(words, vocabulary)
+    source = {name: value for name, value in vars(corpus).items() if name != "exchanges"} | {"unit": unit}
+    choices = repr([getattr(settings, name) for name in DATA_SETTINGS])
+    made_from = digest(corpus.digest, choices, str(FORMAT), *vocabulary.words)
+    short = {spell(query, vocabulary.spelling) for _, query, _ in kept["train"] if len(query) <= 12}
+    examples = random.Random(settings.seed).sample(sorted(short), min(6, len(short)))
+    return Prepared(settings, vocabulary, splits, texts, report, counts, source, examples, made_from)
 
 
 def with_context(before: list[str], query: list[str], context_words: int) -> list[str]:
@@ -235,21 +268,27 @@ def with_context(before: list[str], query: list[str], context_words: int) -> lis
     return [*before[-context_words:], SPECIAL[EOS], *query] if before and context_words else query
 
 
-def split(exchanges: list[Exchange], share: float, seed: int) -> dict[str, str]:
-    """Each movie's part, train, validation or test, chosen by seed: a movie goes wholly into one of them.
+def split(exchanges: list[Exchange], share: float, seed: int) -> tuple[list[str], str]:
+    """Each exchange's part, train, validation or test, and what was split by seed: movies, each of which goes wholly
+    into one part, or where these are too few or too large conversations, or else exchanges.
     Test and validation get at least `share` of the exchanges each. All exchanges count, also those that the filters
     drop, so that models trained with different filters are held to the same movies."""
-    sizes = Counter(exchange.movie for exchange in exchanges)
-    movies = sorted(sizes)
-    random.Random(seed).shuffle(movies)
-    chosen = dict.fromkeys(movies, "train")
-    for name in ("test", "validation"):
-        wanted = share * len(exchanges)
-        while wanted > 0 and movies:
-            movie = movies.pop()
-            chosen[movie] = name
-            wanted -= sizes[movie]
-    return chosen
+    for unit in ("movie", "conversation", "exchange"):
+        owners = [getattr(exchange, unit, place) for place, exchange in enumerate(exchanges)]
+        sizes = Counter(owners)
+        waiting = sorted(sizes)
+        random.Random(seed).shuffle(waiting)
+        chosen = dict.fromkeys(waiting, "train")
+        for name in ("test", "validation"):
+            held_out = 0
+            while held_out < share * len(exchanges) and waiting:
+                owner = waiting.pop()
+                chosen[owner] = name
+                held_out += sizes[owner]
+        parts = [chosen[owner] for owner in owners]
+        if share == 0 or (set(parts) == set(SPLITS) and 2 * parts.count("train") >= len(parts)):
+            break
+    return parts, unit
 
 
 def _padded_size(length: Tensor) -> int:

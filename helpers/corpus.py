@@ -1,11 +1,12 @@
-"""Any edition of the corpus to one list of exchanges: the embedded one, a zip, a folder, or ConvoKit's jsonl.
+"""Any source of dialogue to one list of exchanges: the embedded corpus, Cornell's files, ConvoKit's, or your own.
 
 Whatever cannot be read is a UserError that names the file, the line and what was expected there.
 """
 
 import contextlib
+import csv
 import dataclasses
-import functools
+import gzip
 import hashlib
 import io
 import json
@@ -15,28 +16,36 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from helpers.run import ROOT, display_path, no_garbage_collection
+from helpers.run import ROOT, display_path
 from helpers.settings import UserError, user_errors
 
 DATA, SAMPLE = ROOT / "data", ROOT / "corpora" / "sample"
 URL = "https://www.cs.cornell.edu/~cristian/data/cornell_movie_dialogs_corpus.zip"
 SHA256 = "3bde8a571f615201bc2d2453e22878090719638592f774720eddec739de8c900"
 LINES, CONVERSATIONS, UTTERANCES = "movie_lines.txt", "movie_conversations.txt", "utterances.jsonl"
+SMALL = 2_000  # exchanges, below which a corpus is learnt by heart
 LARGEST_FILE = 1 << 30  # bytes; a zip member that claims or turns out to be larger is refused
 LONGEST_LINE = 1 << 24  # bytes
 SEPARATOR = " +++$+++ "
+COLUMNS = {  # by the names that the first line of a table or a JSON object may give them
+    "query": ("query", "question", "input", "prompt"), "response": ("response", "answer", "output", "reply"),
+    "conversation": ("conversation", "conversation_id", "dialogue"),
+}  # fmt: skip
+KINDS = f"""Known are, also gzipped (.gz), in a folder or in a zip:
+.tsv with lines of query, tab, response; .csv with lines of "query","response"; either may have a third column,
+conversation, and a first line with the names; .txt with a line each utterance, and a blank line between conversations;
+.jsonl with lines such as {{"query": "Hi.", "response": "Hello."}}, or [{{"role": "user", "content": "Hi."}}, …], or
+ConvoKit's; Cornell's {LINES} and {CONVERSATIONS} together."""
 
 _ID_LIST = re.compile(r"\['[^',\s]+'(?:, '[^',\s]+')*\]")
-_NUMBER = re.compile(r"\d+")
-_HIGH_BYTES = re.compile(rb"[\x80-\xff]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: JSON can escape it, but it is no character
+_RULE = re.compile(r"\s*([=*#_-]\s*){3,}")  # a line such as ===
+_QUOTED = re.compile(r'^\s*"(.*)"\s*$')
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, RuntimeError, ValueError)
-_REPLACEMENT = b"\xef\xbf\xbd"  # U+FFFD, which stands in the published files where a conversion once failed
 
 
 class Exchange(NamedTuple):
@@ -44,35 +53,67 @@ class Exchange(NamedTuple):
 
     query: str
     response: str
-    conversation: str  # id of the conversation's first line
+    conversation: str
     movie: str  # the conversation's id where the source names no movie
+    before: str | None = None  # the line that the query answers: "" if it has no text, None if there is none
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """All exchanges of a source, in the order of their line numbers, and what was passed over."""
+    """All exchanges of a source, conversation by conversation, and what was passed over."""
 
     name: str
+    source: str  # what `read_corpus` was given
     exchanges: list[Exchange]
     lines: int
     conversations: int
     silent: int  # exchanges left out because one of their lines has no text at all
+    lost: int  # lines left out because they answer one that is not there
     digest: str  # SHA-256 of the files that were read
 
+    @property
+    def profile(self) -> str:
+        """The profile that is meant for it, if none is named."""
+        return "sample" if self.source == "sample" else "own" if len(self.exchanges) < SMALL else "cornell"
 
-@no_garbage_collection()
+
+class Line(NamedTuple):
+    """A line of dialogue in any source."""
+
+    text: str
+    conversation: str
+    movie: str
+    answers: str  # id of the line that it answers; "" for a first line
+    asks: bool = False  # it only asks, as a user does: not to be learnt as a response
+
+
+Numbered = Iterable[tuple[int, str]]
+
+
 def read_corpus(source: str | Path) -> Corpus:
-    """Read `sample`, `cornell`, or the path of a zip, a folder or an `utterances.jsonl`.
+    """Read `sample`, `cornell`, or the path of a file, a folder or a zip of any of the KINDS.
     `cornell` downloads the official zip into `data/` once. Raises UserError for whatever cannot be read."""
     if source == "sample":
-        return _read_path(SAMPLE, "sample")
-    if source == "cornell":
-        return _read_path(download(URL, DATA / URL.rsplit("/", 1)[1], SHA256), "cornell")
-    path = Path(os.path.expanduser(source))
+        path, name = SAMPLE, source
+    elif source == "cornell":
+        path, name = download(URL, DATA / URL.rsplit("/", 1)[1], SHA256), source
+    else:
+        path = Path(os.path.expanduser(source))
+        name, source = path.stem, str(path.absolute())
     if not (os.path.isfile(path) or os.path.isdir(path)):
-        kinds = f"a zip, a folder with {LINES} and {CONVERSATIONS}, or ConvoKit's {UTTERANCES}"
-        raise UserError(f"There is no corpus at {path}. Give 'sample', 'cornell', or the path of {kinds}.")
-    return _read_path(path, path.stem)
+        raise UserError(f"There is no corpus at {path}. Give 'sample', 'cornell', or a path. {KINDS}")
+    hashed, lines = hashlib.sha256(), {}
+    remedy = f"Fetch it again if it is damaged, cut short or a web page, or give another. {KINDS}"
+    with contextlib.ExitStack() as stack, user_errors(f"{path} cannot be read", remedy, *_DAMAGE):
+        files, opened = _files(path, stack)
+        chosen = _chosen(path, files)
+        contents = [_lines(stack.enter_context(opened(file)), Path(file).name, hashed) for file in chosen]
+        if [_name(file) for file in chosen] == [LINES, CONVERSATIONS]:
+            lines = _read_cornell(*contents)
+        else:
+            for file, content in zip(chosen, contents, strict=True):
+                _read_own(lines, file, READERS[Path(_name(file)).suffix](file, content))
+    return _exchanges(name, source, lines, hashed.hexdigest())
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
@@ -88,161 +129,200 @@ def download(url: str, path: Path, sha256: str) -> Path:
     return path
 
 
-def _open(path: Path) -> BinaryIO:
-    with user_errors(f"{path} cannot be read", "Give a file that can be.", OSError):
-        return open(path, "rb")
-
-
-def _read_path(path: Path, name: str) -> Corpus:
-    """Find the corpus files in a folder, a zip or a jsonl file, and read them where they are."""
-    with contextlib.ExitStack() as stack:
-        if path.is_dir():
-            found = [(file.name, functools.partial(_open, file)) for file in path.rglob("*") if file.is_file()]
-        elif path.suffix == ".jsonl":
-            found = [(UTTERANCES, functools.partial(_open, path))]
-        else:
-            found = _members(path, stack)
-        found = [pair for pair in found if pair[0] in (LINES, CONVERSATIONS, UTTERANCES)]
-        names = sorted(file for file, _ in found)
-        if len(set(names)) != len(names):
-            raise UserError(f"{path} holds several corpora: more than one file is called {names[0]}.")
-        hashed = hashlib.sha256()
-        try:
-            files = {file: stack.enter_context(opener()) for file, opener in sorted(found)}
-            if LINES in files and CONVERSATIONS in files:
-                texts, conversations = _read_cornell(files, hashed)
-            elif UTTERANCES in files:
-                texts, conversations = _read_convokit(files[UTTERANCES], hashed)
-            else:
-                wanted = f"{LINES} and {CONVERSATIONS}, or {UTTERANCES}"
-                raise UserError(f"{path} does not hold {wanted}; it holds {', '.join(names) or 'none of them'}.")
-        except _DAMAGE as error:
-            raise UserError(f"{path} is damaged ({error}). Fetch it again.") from None
-    return _exchanges(name, texts, conversations, hashed.hexdigest())
-
-
-def _members(path: Path, stack: contextlib.ExitStack) -> list[tuple[str, Callable[[], BinaryIO]]]:
-    """The files in a zip: names without folders, and what opens them until the stack is closed."""
-    try:
-        archive = stack.enter_context(zipfile.ZipFile(path))
-    except _DAMAGE as error:
-        why = f"{error}; a failed download is often a web page"
-        raise UserError(f"{path} is not a zip file that can be read ({why}). Fetch it again.") from None
-    members = [member for member in archive.infolist() if not member.filename.startswith("__MACOSX")]  # Cornell's zip
-    for member in members:
+def _files(path: Path, stack: contextlib.ExitStack) -> tuple[list[str], Callable[[str], BinaryIO]]:
+    """The names of the files in a folder or a zip, or of the one at the path; and what opens a file of that name."""
+    if path.is_dir():
+        files = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
+        return files, lambda file: open(path / file, "rb")
+    if Path(_name(path.name)).suffix in READERS:
+        return [path.name], lambda _: open(path, "rb")
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    members = {member.filename: member for member in archive.infolist() if not member.is_dir()}
+    for member in members.values():
         if member.file_size > max(LONGEST_LINE, 100 * member.compress_size):  # text shrinks to a tenth or so
             raise UserError(f"{path}: {member.filename} claims {member.file_size:,} bytes, a bomb's sign; refused.")
-    return [(Path(member.filename).name, functools.partial(archive.open, member)) for member in members]
+    return list(members), archive.open
 
 
-class _Conversation(NamedTuple):
-    movie: str
-    first: str  # line id
-    pairs: list[tuple[str, str]]  # line ids of what is said and what is answered
+def _name(file: str) -> str:
+    return Path(file).name.lower().removesuffix(".gz")
 
 
-def _read_cornell(files: dict[str, BinaryIO], hashed) -> tuple[dict[str, str], list[_Conversation]]:
-    """Texts by line id, and the conversations."""
-    texts: dict[str, str] = {}
-    for number, line in _lines(files[LINES], LINES, hashed):
-        fields = line.split(SEPARATOR, 4)
-        if len(fields) != 5 and line.endswith(SEPARATOR.rstrip()):  # no text, and an editor cut the last blank
-            fields = (line + " ").split(SEPARATOR, 4)
-        if len(fields) != 5:
-            wanted = f"line id, speaker id, movie id, name and text, parted by '{SEPARATOR}'. Mend or remove the line."
-            raise UserError(f"{LINES}, line {number}: {len(fields)} fields instead of 5: {wanted}")
-        if fields[0] in texts:
-            raise UserError(f"{LINES}, line {number}: the line id {fields[0]} stands there a second time.")
+def _chosen(path: Path, files: list[str]) -> list[str]:
+    """Which of the files make up the corpus: Cornell's two, ConvoKit's one, or all that are of a known kind."""
+    known = [file for file in files if Path(_name(file)).suffix in READERS and not _name(file).startswith("readme")]
+    known = [file for file in known if not file.startswith("__MACOSX")]  # Cornell's zip has a second copy there
+    if not known:
+        raise UserError(f"{path} holds no file of a known kind, but {', '.join(files[:5]) or 'no file'}. {KINDS}")
+    named = {name: [file for file in known if _name(file) == name] for name in (LINES, CONVERSATIONS, UTTERANCES)}
+    if several := [name for name, found in named.items() if len(found) > 1]:
+        raise UserError(f"{path} holds several corpora: more than one file is called {several[0]}.")
+    cornell = named[LINES] + named[CONVERSATIONS]
+    if len(cornell) == 1:
+        raise UserError(f"{path} holds {cornell[0]}, but not the other of {LINES} and {CONVERSATIONS}: give both.")
+    return cornell or named[UTTERANCES] or known
+
+
+def _lines(file: BinaryIO, name: str, hashed) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a file, gzipped or not, but for blank ones; hashed on the way. They are in UTF-8, or as Cornell
+    published its files, in ISO-8859-1."""
+    reader = io.BufferedReader(gzip.GzipFile(fileobj=file) if name.lower().endswith(".gz") else file)
+    number = size = 0
+    while line := reader.readline(LONGEST_LINE + 1):
+        hashed.update(line)
+        number, size = number + 1, size + len(line)
+        where = f"{name}, line {number}"
+        if number == 1 and line.lstrip()[:5].lower().startswith((b"<!doc", b"<html", b"<?xml")):
+            raise UserError(f"{name} looks like a web page, not like a file of dialogue. Fetch it again.")
+        if size > LARGEST_FILE or len(line) > LONGEST_LINE:
+            raise UserError(f"{where}: a line over {LONGEST_LINE:,} bytes, or a file over {LARGEST_FILE:,}; refused.")
+        if b"\0" in line:
+            raise UserError(f"{where}: holds a NUL byte; the file is damaged, or in UTF-16. Save it as UTF-8.")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # UTF-8's byte-order mark
+        line = line.replace(b"\xef\xbf\xbd", b" ")  # U+FFFD, which stands where a conversion once failed
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            if _name(name) not in (LINES, CONVERSATIONS):
+                remedy = f"Save it as UTF-8, for example: iconv -f iso-8859-1 -t utf-8 {name}"
+                raise UserError(f"{where}: is not UTF-8 ({error}). {remedy}") from None
+            text = line.decode("iso-8859-1")
+        if text and not text.isspace():
+            yield number, text.strip("\r\n")
+
+
+def _read_cornell(spoken: Numbered, listed: Numbered) -> dict[str, Line]:
+    """Cornell's two files: the texts, and the conversations as lists of their ids."""
+    texts, lines = {}, {}
+    for number, line in spoken:
+        fields = (line + " ").split(SEPARATOR, 4)  # where there is no text, an editor may have cut the last blank
+        if len(fields) != 5 or fields[0] in texts:
+            wanted = f"5 fields parted by '{SEPARATOR}', a new line id, speaker id, movie id, name and text"
+            raise UserError(f"{LINES}, line {number}: expected {wanted}, not {line:.80}. Mend or remove the line.")
         texts[fields[0]] = fields[4]
-    conversations = []
-    for number, line in _lines(files[CONVERSATIONS], CONVERSATIONS, hashed):
+    for number, line in listed:
         where, fields = f"{CONVERSATIONS}, line {number}", line.split(SEPARATOR)
         if len(fields) != 4 or not _ID_LIST.fullmatch(fields[3].strip()):
             wanted = f"two speaker ids, a movie id and a list like ['L1', 'L2'], parted by '{SEPARATOR}'"
             raise UserError(f"{where}: expected {wanted}. Mend or remove the line.")
-        ids = fields[3].strip()[2:-2].split("', '")
-        if not all(map(texts.__contains__, ids)):
-            missing = [line_id for line_id in ids if line_id not in texts]
-            raise UserError(f"{where}: line id {missing[0]} is not in {LINES}; are they of one corpus?")
-        conversations.append(_Conversation(fields[2], ids[0], list(pairwise(ids))))
-    return texts, conversations
+        ids, before = fields[3].strip()[2:-2].split("', '"), ""
+        for line_id in ids:
+            if line_id not in texts:
+                raise UserError(f"{where}: line id {line_id} is not in {LINES}; are they of one corpus?")
+            key = f"{line_id} {number}" if line_id in lines else line_id  # a line of two conversations
+            lines[key] = Line(texts[line_id], ids[0], fields[2], before)
+            before = key
+    return lines
 
 
-def _read_convokit(file: BinaryIO, hashed) -> tuple[dict[str, str], list[_Conversation]]:
-    """The same from ConvoKit's utterances: `reply-to` names the line that is answered."""
-    texts: dict[str, str] = {}
-    conversations: dict[str, _Conversation] = {}
-    answers: dict[str, tuple[int, str]] = {}
-    for number, line in _lines(file, UTTERANCES, hashed):
-        expected = "Expected is a JSON object with id, conversation_id, text and reply-to."
-        kinds = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-        with user_errors(f"{UTTERANCES}, line {number} cannot be read", expected, *kinds):
-            utterance = json.loads(line)
-            conversation = utterance.get("conversation_id") or utterance["root"]
-            movie = (utterance.get("meta") or {}).get("movie_id") or conversation
-            reply_to = utterance.get("reply-to", utterance.get("reply_to")) or ""
-            values = (utterance["id"], utterance["text"] or "", conversation, movie, reply_to)
-            line_id, text, conversation, movie, reply_to = (_SURROGATE.sub(" ", value) for value in values)
-        if line_id in texts:
-            raise UserError(f"{UTTERANCES}, line {number}: the id {line_id} stands there a second time.")
-        texts[line_id] = text
-        pairs = conversations.setdefault(conversation, _Conversation(movie, conversation, [])).pairs
-        if reply_to:
-            pairs.append((reply_to, line_id))
-            answers[line_id] = number, reply_to
-    for line_id, (number, reply_to) in answers.items():
-        if reply_to not in texts:
-            raise UserError(f"{UTTERANCES}, line {number}: {line_id} answers {reply_to}, which is not there.")
-    return texts, list(conversations.values())
+def _read_own(lines: dict[str, Line], name: str, values: Iterable[tuple[int, str | dict | list]]) -> None:
+    """Add a file's values, or their JSON: objects of query and response, lists of turns, or ConvoKit's utterances,
+    whose `reply-to` names the line that is answered (where no line has one, neighbours answer one another)."""
+    last, replies, linked = {}, {}, False  # ids of each conversation's last line, and of what each line answers
 
+    def add(line_id: str, talk: str, text: str | None, movie: str = "", asks: bool = False) -> None:
+        if line_id in lines:
+            raise ValueError(f"the id {line_id} stands there or in another file a second time")
+        if not isinstance(text, str | None):
+            raise TypeError(f"{text!r:.40} is no text")
+        lines[line_id] = Line(text or "", talk, movie or talk, last.get(talk, ""), asks)
+        last[talk] = line_id
 
-def _exchanges(name: str, texts: dict[str, str], conversations: list[_Conversation], digest: str) -> Corpus:
-    """Neighbouring lines paired, in the order of their numbers, whichever edition they come from."""
-    exchanges, silent = [], 0
-    for movie, first, pairs in sorted(conversations, key=lambda conversation: _order(conversation.first)):
-        for before, after in sorted(pairs, key=lambda pair: _order(pair[1])) if len(pairs) > 1 else pairs:
-            query, response = texts[before].strip(), texts[after].strip()
-            if query and response:
-                exchanges.append(Exchange(query, response, first, movie))
+    expected = "Expected is an object with query and response, a list of turns, or ConvoKit's with id and text."
+    kinds = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    for number, value in values:
+        place = f"{name} {number:09}"
+        with user_errors(f"{name}, line {number} cannot be read", expected, *kinds):
+            value = json.loads(value) if isinstance(value, str) else value
+            turns = value if isinstance(value, list) else value.get("messages")
+            if turns is not None:
+                for turn, said in enumerate(turns):
+                    role, text = (said["role"], said["content"]) if isinstance(said, dict) else ("", said)
+                    if role != "system":
+                        add(f"{place}.{turn:06}", place, text, asks=role == "user")
+            elif "id" in value and "text" in value:
+                line_id, talk = str(value["id"]), str(value.get("conversation_id") or value.get("root") or "")
+                add(line_id, talk, value["text"], str((value.get("meta") or {}).get("movie_id") or ""))
+                answered = value.get("reply-to", value.get("reply_to"))
+                replies[line_id] = "" if answered is None else str(answered)
+                linked = linked or "reply-to" in value or "reply_to" in value
             else:
-                silent += 1
+                row = {column: value[key] for column, keys in COLUMNS.items() for key in reversed(keys) if key in value}
+                query, response = row["query"], row["response"]
+                talk = str(row.get("conversation") or "").strip() or place
+                if talk not in last or lines[last[talk]].text != query:  # the query can be the response before
+                    add(f"{place} a", talk, query, asks=True)
+                add(f"{place} b", talk, response)
+    for line_id, answered in replies.items() if linked else ():
+        lines[line_id] = lines[line_id]._replace(answers=answered)
+
+
+def _rows(name: str, numbered: Numbered) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a table, whose columns are in this order or as a first line of names says.
+    Within a .csv's quotes a line can end; of a .tsv's quotes all stay but those around a whole field."""
+    numbered, columns = list(numbered), [*COLUMNS]
+    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    if csv_file := Path(_name(name)).suffix == ".csv":
+        style = {"delimiter": max(",;\t", key=numbered[0][1].count) if numbered else ",", "skipinitialspace": True}
+    rows = csv.reader((line + "\n" for _, line in numbered), strict=True, **style)
+    try:
+        for row_number, fields in enumerate(rows):
+            if not csv_file:
+                fields = [_QUOTED.sub(lambda quoted: quoted[1].replace('""', '"'), field.strip()) for field in fields]
+            if row_number == 0:
+                named = [next((c for c in COLUMNS if field.strip().lower() in COLUMNS[c]), "") for field in fields]
+                if {"query", "response"} <= set(named):
+                    columns = [*named, "conversation"]
+                    continue
+            row = dict(zip(columns, fields, strict=False))
+            if len(fields) > len(columns) or not {"query", "response"} <= row.keys():
+                raise csv.Error(f"{len(fields)} fields instead of query and response, or these and conversation")
+            yield numbered[rows.line_num - 1][0], row
+    except csv.Error as error:
+        where = f"{name}, line {numbered[rows.line_num - 1][0]}"
+        raise UserError(f"{where}: {error}. Mend the line; close or double the quotes there or before.") from None
+
+
+def _talks(name: str, numbered: Numbered) -> Iterable[tuple[int, list[str] | dict[str, str]]]:
+    """The conversations of a text: a line each utterance, between them a blank one or ===. With tabs it is a table."""
+    numbered = list(numbered)
+    if numbered and "\t" in numbered[0][1].strip():
+        return _rows(name, numbered)
+    talks, first, before = {}, -1, -1
+    for number, line in numbered:
+        if not _RULE.fullmatch(line):
+            first = first if number == before + 1 else number  # blank lines do not come here
+            talks.setdefault(first, []).append(line)
+            before = number
+    return talks.items()
+
+
+READERS = {".tsv": _rows, ".csv": _rows, ".txt": _talks} | dict.fromkeys((".jsonl", ".ndjson"), lambda _, rows: rows)
+
+
+def _exchanges(name: str, source: str, lines: dict[str, Line], digest: str) -> Corpus:
+    """Each line with the one that it answers: conversation by conversation, each from its first line on."""
+    said = {line_id: _SURROGATE.sub(" ", line.text).strip() for line_id, line in lines.items()}
+    asked, replies = {}, {}  # what a line answers: "" if it is a first line, None if that is not there; the reverse
+    for line_id in sorted(lines, reverse=True):
+        answers = lines[line_id].answers
+        asked[line_id] = "" if answers in ("", line_id) else answers if answers in lines else None
+        replies.setdefault(asked[line_id] or "", []).append(line_id)
+    exchanges, silent, talks, waiting = [], 0, {}, replies.pop("", [])
+    while waiting:
+        line_id = waiting.pop()
+        waiting += replies.get(line_id, ())
+        line, query = lines[line_id], asked[line_id]
+        talk = talks[line_id] = line.conversation or talks.get(query, line_id)
+        if not query or line.asks:
+            continue
+        if said[query] and said[line_id]:
+            before = None if asked[query] == "" else said.get(asked[query], "")
+            exchanges.append(Exchange(said[query], said[line_id], talk, line.movie or talk, before))
+        else:
+            silent += 1
     if not exchanges:
-        raise UserError(f"The corpus {name} holds no exchange: no conversation has two lines with text.")
-    return Corpus(name, exchanges, len(texts), len(conversations), silent, digest)
-
-
-def _order(line_id: str) -> tuple[int, str]:
-    number = _NUMBER.search(line_id)
-    return (int(number[0]) if number and len(number[0]) < 19 else -1, line_id)
-
-
-def _lines(file: BinaryIO, name: str, hashed) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a file in ISO-8859-1 (the Cornell files) or UTF-8 (jsonl), hashed on the way."""
-    reader, size = io.BufferedReader(file), 0
-    for number, line in enumerate(iter(functools.partial(reader.readline, LONGEST_LINE + 1), b""), 1):
-        hashed.update(line)
-        size += len(line)
-        if number == 1 and line.lstrip()[:1] == b"<":
-            raise UserError(f"{name} looks like a web page, not like a file of the corpus. Fetch it again.")
-        if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
-            raise UserError(f"{name}, line 1: starts with a byte-order mark; the file is not in its own encoding.")
-        if size > LARGEST_FILE or len(line) > LONGEST_LINE:
-            most = f"the file is larger than {LARGEST_FILE:,} bytes, or the line longer than {LONGEST_LINE:,}"
-            raise UserError(f"{name}, line {number}: {most}; refused.")
-        if b"\0" in line:
-            raise UserError(f"{name}, line {number}: holds a NUL byte; the file is damaged or in another encoding.")
-        if text := (line.decode("ascii") if line.isascii() else _decoded(line, name, number)).rstrip("\r\n"):
-            yield number, text
-
-
-def _decoded(line: bytes, name: str, number: int) -> str:
-    """A line that is not plain ASCII, in its file's own encoding."""
-    if name == UTTERANCES:
-        with user_errors(f"{name}, line {number}: is not UTF-8", "Fetch the file again.", UnicodeDecodeError):
-            return line.decode("utf-8")
-    line = line.replace(_REPLACEMENT, b" ")
-    with contextlib.suppress(UnicodeDecodeError):
-        if b" ".join(_HIGH_BYTES.findall(line)).decode("utf-8"):
-            back = f"iconv -f utf-8 -t iso-8859-1//TRANSLIT {name}"
-            raise UserError(f"{name}, line {number}: is UTF-8, but Cornell's files are ISO-8859-1. Convert it: {back}")
-    return line.decode("iso-8859-1")
+        raise UserError(f"The corpus {name} holds no exchange: no line with text answers another line with text.")
+    lost = list(asked.values()).count(None) + len(lines) - len(talks)  # the latter answer one another in a circle
+    return Corpus(name, source, exchanges, len(lines), len(set(talks.values())), silent, lost, digest)

@@ -20,7 +20,7 @@ class GreedySearch(nn.Module):
         never = never_spoken(model.output.out_features, model.embedding.weight.device)
         self.register_buffer("never", never, persistent=False)
 
-    def forward(self, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
+    def forward(self, query: Tensor, lengths: Tensor, max_words: int, min_words: int = 0) -> Tensor:
         """query (batch, query time), lengths (batch,) to ids (batch, at most max_words), PAD after EOS.
         On a GPU, where looking whether all replies have ended makes the CPU wait, only every fourth step looks: up to
         three columns of PAD more. Raises UserError (torch.jit.Error once scripted) for a query of no words."""
@@ -33,7 +33,10 @@ class GreedySearch(nn.Module):
         steps = 0
         for step in range(max_words):
             logits, state = self.model.step(words, state, memory)
-            words = logits.add_(self.never).argmax(1)
+            logits.add_(self.never)
+            if step < min_words:
+                logits[:, self.eos] = float("-inf")
+            words = logits.argmax(1)
             spoken[:, step] = words
             steps = step + 1
             if steps % every == 0 and bool((spoken == self.eos).any(1).all()):
@@ -51,18 +54,28 @@ def never_spoken(words: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def greedy(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int) -> Tensor:
-    """Ids (batch, at most max_words) of the greedy replies."""
-    return GreedySearch(model)(query, lengths, max_words)
+def greedy(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, min_words: int = 0) -> Tensor:
+    """Ids (batch, at most max_words) of the greedy replies, none of which ends before it has `min_words`."""
+    return GreedySearch(model)(query, lengths, max_words, min_words)
+
+
+def _may_follow(logits: Tensor, never: Tensor, step: int, min_words: int) -> Tensor:
+    """Logits (rows, vocabulary) in fp32, -inf where the word of this step (from 0) must not be."""
+    logits = logits.float() + never
+    if step < min_words:
+        logits[:, EOS] = float("-inf")
+    return logits
 
 
 @torch.no_grad()
 def beam_search(
-    model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, beam: int = 5, length_penalty: float = 1.0
-) -> Tensor:
-    """Ids (batch, at most max_words) of the replies with the best log-probability / words ** length_penalty.
-    `beam` partial replies a query are kept. A reply that ends joins the finished ones, of which the best is returned; a
-    query's search is over when `beam` have finished. One beam is greedy search. Raises UserError if there is none."""
+    model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, min_words: int = 0,
+    *, beam: int = 5, length_penalty: float = 1.0, count: int = 1,
+) -> Tensor:  # fmt: skip
+    """Ids (batch · count, max_words) of each query's `count` replies with the best log-probability / words **
+    length_penalty, the best first; rows of PAD where fewer were found.
+    `beam` partial replies a query are kept. A reply that ends joins the finished ones, of which the best are returned;
+    a query's search is over when `beam` have finished. One beam is greedy search. Raises UserError if there is none."""
     if beam < 1:
         raise UserError(f"A beam search keeps at least 1 partial reply, not {beam}.")
     batch, vocabulary = len(query), model.output.out_features
@@ -78,11 +91,12 @@ def beam_search(
     # At first all beams of a query are the same, so only one of them counts.
     total = torch.full((batch, beam), float("-inf"), device=query.device)
     total[:, 0] = 0.0
-    best = torch.full((batch,), float("-inf"), device=query.device)
-    replies, finished = query.new_full((batch, max_words), PAD), query.new_zeros(batch)
+    best = torch.full((batch, count), float("-inf"), device=query.device)
+    replies, finished = query.new_full((batch, count, max_words), PAD), query.new_zeros(batch)
     for length in range(1, max_words + 1):
         logits, state = model.step(words, state, memory)
-        log_probability = torch.log_softmax(logits.float() + never, 1).view(batch, beam, vocabulary)
+        logits = _may_follow(logits, never, length - 1, min_words)
+        log_probability = torch.log_softmax(logits, 1).view(batch, beam, vocabulary)
         candidates = (total.unsqueeze(2) + log_probability).view(batch, -1)
         # Twice the beam: even if all of the best end, enough go on.
         scores, where = candidates.topk(min(2 * beam, candidates.size(1)), dim=1)
@@ -91,13 +105,10 @@ def beam_search(
         ends = (word == EOS) & (torch.arange(scores.size(1), device=query.device) < beam) | last
         ends = ends & (finished < beam).unsqueeze(1) & scores.isfinite()
         quality = (scores / length**length_penalty).masked_fill(~ends, float("-inf"))
-        top, which = quality.max(1)
-        better = top > best
-        best = torch.where(better, top, best)
-        chosen = which.unsqueeze(1)
-        sequence = torch.cat([partial[origin.gather(1, chosen)[:, 0]], word.gather(1, chosen)], 1)
-        sequence = functional.pad(sequence, (0, max_words - length), value=PAD)
-        replies = torch.where(better.unsqueeze(1), sequence, replies)
+        sequences = torch.cat([partial[origin], word.unsqueeze(2)], 2)
+        sequences = torch.cat([replies, functional.pad(sequences, (0, max_words - length), value=PAD)], 1)
+        best, chosen = torch.cat([best, quality], 1).topk(count, 1)
+        replies = sequences.gather(1, chosen.unsqueeze(2).expand(-1, -1, max_words))
         finished += ends.sum(1)
         if last or (length % every == 0 and bool((finished >= beam).all())):
             break
@@ -105,22 +116,23 @@ def beam_search(
         rows, words = origin.gather(1, keep).flatten(), word.gather(1, keep).flatten()
         partial = torch.cat([partial[rows], words.unsqueeze(1)], 1)
         state = State(state.hidden[:, rows], state.attentional[rows])
-    return replies
+    return replies.flatten(0, 1)
 
 
 @torch.no_grad()
 def sample(
-    model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+    model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, min_words: int = 0,
+    *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, count: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Ids (batch, at most max_words), each word drawn from softmax(logits / temperature).
+    """Ids (batch · count, at most max_words), `count` a query, each word drawn from softmax(logits / temperature).
     `top_k` keeps the k likeliest words (0: all), `top_p` the fewest likeliest whose probability reaches p (nucleus
     sampling, arXiv:1904.09751). A temperature of 0 is greedy search. Raises UserError for values out of range."""
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
         asked = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
-        raise UserError(f"{asked}: the first two must not be negative, and top_p must be above 0 and at most 1.")
+        raise UserError(f"{asked}: the first two must be 0 or more, and top_p above 0 and at most 1.")
     if temperature == 0:
-        return greedy(model, query, lengths, max_words)
+        return greedy(model, query, lengths, max_words, min_words).repeat_interleave(count, 0)
+    query, lengths = query.repeat_interleave(count, 0), lengths.to(query.device).repeat_interleave(count)
     memory, state = model.encode(query, lengths)
     never = never_spoken(model.output.out_features, query.device)
     generator = torch.Generator(query.device).manual_seed(seed)
@@ -128,7 +140,8 @@ def sample(
     ended = torch.zeros_like(words, dtype=torch.bool)
     for _ in range(max_words):
         logits, state = model.step(words, state, memory)
-        probability = filtered(torch.softmax((logits.float() + never) / temperature, 1), top_k, top_p)
+        logits = _may_follow(logits, never, len(spoken), min_words)
+        probability = filtered(torch.softmax(logits / max(temperature, 1e-6), 1), top_k, top_p)
         # What torch.multinomial does, but for its look at the probabilities, for which the CPU would wait.
         luck = torch.empty_like(probability).exponential_(generator=generator)
         words = (probability / luck).argmax(1).masked_fill(ended, PAD)
@@ -165,19 +178,22 @@ def mutual_information(
 
 
 @torch.no_grad()
-def mmi(model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, candidates: int = 16, seed: int = 0) -> Tensor:
-    """Ids (batch, at most max_words): of sampled candidates the one with the most mutual information with its query.
+def mmi(
+    model: Seq2Seq, query: Tensor, lengths: Tensor, max_words: int, min_words: int = 0,
+    *, candidates: int = 16, seed: int = 0, count: int = 1,
+) -> Tensor:  # fmt: skip
+    """Ids (batch · count, at most max_words): of sampled candidates those with most mutual information with the query.
     Candidates come from nucleus sampling among the hundred likeliest words; one that says two words in the same order
     twice is taken only if all do. Equal seeds give equal replies; the batch matters through the random numbers alone.
     Raises UserError if there is not at least 1 candidate."""
     if candidates < 1:
         raise UserError(f"MMI chooses among at least 1 candidate, not {candidates}.")
-    rows = torch.arange(len(query), device=query.device).repeat_interleave(candidates)
-    many = query[rows], lengths.to(query.device)[rows]
-    replies = sample(model, *many, max_words, temperature=0.7, top_k=100, top_p=0.9, seed=seed)
+    candidates = max(candidates, count)
+    many = query.repeat_interleave(candidates, 0), lengths.to(query.device).repeat_interleave(candidates)
+    replies = sample(model, *many, max_words, min_words, temperature=0.7, top_k=100, top_p=0.9, seed=seed)
     scores = mutual_information(model, *many, replies) - 1e6 * _repeats(replies)
-    best = scores.view(-1, candidates).argmax(1)
-    return replies.view(len(query), candidates, -1)[torch.arange(len(query), device=query.device), best]
+    replies, best = replies.view(len(query), candidates, -1), scores.view(-1, candidates).topk(count).indices
+    return replies.gather(1, best.unsqueeze(2).expand(-1, -1, replies.size(2))).flatten(0, 1)
 
 
 def _repeats(replies: Tensor) -> Tensor:

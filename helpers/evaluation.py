@@ -1,8 +1,7 @@
-"""The loss, the likelihood of given responses, and what replies are measured by."""
+"""The loss, the likelihood of given responses, and the replies to all queries of a split."""
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional
 from helpers.batches import Batch, Pairs
 from helpers.model import Seq2Seq
 from helpers.settings import UserError
-from helpers.text import PAD, SOS, UNK, Vocabulary, tokenise
+from helpers.text import PAD, SOS, UNK, Vocabulary
 
 BATCH = 64  # examples that are evaluated at once
 Words = list[str]
@@ -80,7 +79,7 @@ def score(model: Seq2Seq, vocabulary: Vocabulary, texts: list[tuple[str, str]]) 
     """The likelihood of whole responses given their queries, nothing cut and nothing dropped.
     A word that is not in the vocabulary costs -ln P(UNK) + ln(number of training words that UNK stands for): the share
     of one of them if all are equally likely. Raises UserError for a query without any word."""
-    pairs = [(tokenise(query), tokenise(response)) for query, response in texts]
+    pairs = [(vocabulary.tokenise(query), vocabulary.tokenise(response)) for query, response in texts]
     for number, (query, _) in enumerate(pairs, 1):
         if not query:
             raise UserError(f"Pair {number}: the query {texts[number - 1][0][:50]!r} has no word in it.")
@@ -117,37 +116,3 @@ def replies_of(
         for index, row in zip(indices.tolist(), ids.tolist(), strict=True):
             replies[index] = vocabulary.decode(row)
     return replies
-
-
-def reply_metrics(replies: list[Words], references: list[Words]) -> dict[str, float]:
-    """The figures below, for one decoder's replies to one set of queries."""
-    figures = {"exact": exact_matches(replies, references), "BLEU": bleu(replies, references)}
-    figures |= {f"distinct-{n}": distinct(replies, n) for n in (1, 2)}
-    return figures | {
-        "commonest share": commonest_reply(replies)[1], "mean words": sum(map(len, replies)) / len(replies)
-    }  # fmt: skip
-
-
-def exact_matches(replies: list[Words], references: list[Words]) -> float:
-    """The share of replies that are the reference word for word."""
-    return sum(reply == reference for reply, reference in zip(replies, references, strict=True)) / len(references)
-
-
-def bleu(replies: list[Words], references: list[Words]) -> float:
-    """Corpus BLEU-4 in percent, as sacrebleu computes it on words already parted by blanks."""
-    import sacrebleu  # here, since nothing else needs it
-
-    hypotheses, wanted = ([" ".join(words) for words in side] for side in (replies, references))
-    return sacrebleu.corpus_bleu(hypotheses, [wanted], tokenize="none", force=True).score
-
-
-def distinct(replies: list[Words], n: int) -> float:
-    """Different n-grams / all n-grams over all replies (arXiv:1510.03055): 1 is all different, near 0 is parroting."""
-    grams = Counter(tuple(words[i : i + n]) for words in replies for i in range(len(words) - n + 1))
-    return len(grams) / max(sum(grams.values()), 1)
-
-
-def commonest_reply(replies: list[Words]) -> tuple[str, float]:
-    """The reply given most often, and its share of all replies."""
-    (reply, count), *_ = Counter(" ".join(words) for words in replies).most_common(1)
-    return reply, count / len(replies)

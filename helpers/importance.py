@@ -38,14 +38,3 @@ def shares_of(table: pd.DataFrame, space: dict, measure) -> dict[str, float]:
         return optuna.importance.get_param_importances(study, evaluator=measure)
     except RuntimeError:  # of fANOVA, where no split tells the trials apart: nothing has a share
         return dict.fromkeys(space, 0.0)
-
-
-def losses_by_value(table: pd.DataFrame, parameter: str) -> dict[str, pd.Series]:
-    """The losses of the trials that had each value of a parameter; more than five different numbers count by thirds."""
-    table = table.dropna(subset=[LOSS])
-    values = table[parameter]
-    if values.nunique() > 5 and pd.api.types.is_numeric_dtype(values):
-        thirds = pd.qcut(values, 3, labels=False, duplicates="drop")
-        names = values.groupby(thirds).agg(lambda third: f"{third.min():.3g} to {third.max():.3g}")
-        values = thirds.map(names).astype(pd.CategoricalDtype(list(dict.fromkeys(names)), ordered=True))
-    return {str(value): losses for value, losses in table[LOSS].groupby(values, observed=True)}

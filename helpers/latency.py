@@ -16,10 +16,9 @@ from helpers.decoding import GreedySearch
 from helpers.deploy import BlockSearch, captured, compiled, exported, quantised, script
 from helpers.evaluation import evaluate
 from helpers.model import Seq2Seq
-from helpers.run import Run, display_path, machine, products, seconds, write_text
-from helpers.settings import UserError
+from helpers.run import Run, machine, products, seconds, write_text
 from helpers.text import EOS, PAD, SOS
-from helpers.training import load_model
+from helpers.training import load_model, require_own_data
 
 Search = Callable[[Tensor, Tensor, int], Tensor]
 TIE = 1e-4  # two logits closer than this may change places between two ways of computing them
@@ -197,12 +196,10 @@ def report(
 ) -> dict:  # fmt: skip
     """The table of a run's model, and of others beside it, kept in its latency.csv; `full` adds what compiles.
     Returns plain data: rows, what is left out and why, and the machine.
-    Raises UserError if the run's checkpoint has another vocabulary than its data."""
-    model, vocabulary, settings = load_model(run.checkpoint, device)
+    Raises UserError if the run's checkpoint was trained on other data."""
+    model, vocabulary, settings, _ = load_model(run.checkpoint, device)
     data = Prepared.load(run.data)
-    if vocabulary.words != data.vocabulary.words:
-        paths = display_path(run.checkpoint), display_path(run.data)
-        raise UserError("{} was trained with another vocabulary than {}: train again.".format(*paths))
+    require_own_data(run, data)
     name = f"run's: {settings.hidden_size} hidden, {settings.layers} layer(s), {len(vocabulary):,} words"
     own = Subject(name, model, data.splits["test"].to(device), settings.max_response_words + 1, textbook)
     rows, left_out = [], {}

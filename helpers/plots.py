@@ -1,7 +1,8 @@
-"""Every figure of the series, from plain data; each function returns the Axes or Figure that it drew on."""
+"""What a notebook shows: figures from plain data (each function returns what it drew on), sources, the chat box."""
 
+import html
+import inspect
 import io
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,46 +112,52 @@ def grouped_bars(table: pd.DataFrame, xlabel: str, whiskers: pd.DataFrame | None
     return axes.figure
 
 
-def losses_by_value(groups: dict[str, dict[str, Sequence[float]]]) -> Figure:
-    """One panel per parameter: the loss of every trial at the value it had, and a bar at the value's mean."""
-    figure, panels = plt.subplots(1, len(groups), figsize=(1.9 * len(groups), 3.2), sharey=True, squeeze=False)
-    for axes, (name, by_value) in zip(panels[0], groups.items(), strict=True):
-        for place, losses in enumerate(by_value.values()):
-            # Side by side in an order by chance: sorted ones would look like a trend.
-            losses = np.random.default_rng(0).permutation(losses)
-            spread = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
-            axes.plot(place + spread, losses, "o", color=GREY, markersize=3, alpha=0.7)
-            axes.hlines(losses.mean(), place - 0.35, place + 0.35, color=RED, linewidth=2)
-        axes.set_xticks(range(len(by_value)), list(by_value), rotation=60, fontsize=8)
-        axes.set_xlabel(name.replace("_", "\n"))
-    panels[0][0].set_ylabel("validation loss")
-    return figure
+def show(*things) -> None:
+    """In a notebook, the highlighted source of classes and functions: the very code that runs."""
+    from IPython.display import Markdown, display
+
+    for thing in things:
+        display(Markdown(f"```python\n{inspect.getsource(thing).rstrip()}\n```"))
 
 
-def latency(rows: Sequence[dict]) -> Figure:
-    """Median milliseconds per reply: a panel per model and batch size, a bar per variant, whiskers to the 95th
-    percentile, and beside each bar how many times as fast as the textbook it is. `rows` are a latency report's."""
-    table = pd.DataFrame(rows).dropna(subset="p50 ms")
-    models, sizes, variants = (list(dict.fromkeys(table[column])) for column in ("model", "batch", "variant"))
-    height = len(sizes) * (0.7 + 0.24 * len(variants))
-    figure, panels = plt.subplots(len(sizes), len(models), figsize=(1.5 + 4.2 * len(models), height), squeeze=False)
-    for (line, size), (column, model) in itertools.product(enumerate(sizes), enumerate(models)):
-        axes = panels[line, column]
-        part = table[(table["model"] == model) & (table["batch"] == size)].set_index("variant").reindex(variants)
-        whisker = [np.zeros(len(part)), (part["p95 ms"] - part["p50 ms"]).fillna(0)]
-        drawn = axes.barh(variants, part["p50 ms"].fillna(0), xerr=whisker, color=BLUE, ecolor=GREY)
-        pairs = zip(part["p50 ms"], part["vs textbook"], strict=True)
-        labels = ["not timed" if value != value else f"{value:.3g} ms · {ratio:.1f}×" for value, ratio in pairs]
-        axes.bar_label(drawn, labels, padding=4, fontsize=8)
-        axes.set_title(f"{model}\nbatch {size}" if line == 0 else f"batch {size}", fontsize=9)
-        axes.invert_yaxis()
-        axes.margins(x=0.35)
-        axes.grid(axis="y", visible=False)
-        if column:
-            axes.tick_params(labelleft=False)
-        if line == len(sizes) - 1:
-            axes.set_xlabel("milliseconds per reply (p50, whisker p95) · × the textbook")
-    return figure
+def chat_box(bot):
+    """Talking to a Chatbot: a line to type in, a choice of decoder, the conversation, and its attention on demand."""
+    import ipywidgets as widgets
+
+    history = widgets.HTML()
+    line = widgets.Text(placeholder="Say something and press Enter", continuous_update=False)
+    line.layout.width = "36em"
+    decoder = widgets.Dropdown(options=list(bot.decoders()), layout=widgets.Layout(width="8em"))
+    temperature = widgets.FloatSlider(0.8, min=0, max=1.5, step=0.1, description="temperature", disabled=True)
+    temperature.style.description_width = "initial"
+    look = widgets.Button(description="Show attention", disabled=True)
+    restart = widgets.Button(description="New conversation")
+    picture = widgets.Image(layout=widgets.Layout(display="none", width="32em"))
+    replies = []
+
+    def answer(change) -> None:
+        if not change["new"]:  # our own emptying of the line
+            return
+        before = replies[-1] if replies else None
+        replies.append(bot.reply(line.value, decoder.value, len(replies), temperature.value, before))
+        you, reply = html.escape(line.value[:500]), html.escape(replies[-1].text)
+        history.value += f"<div><b>you</b> {you}</div><div class='chat-bot'><b>bot</b> {reply}</div>"
+        line.value, look.disabled, picture.layout.display = "", not replies[-1].query, "none"
+
+    def show_attention(_) -> None:
+        query, words, weights = bot.attention(replies[-1])
+        picture.value = png(attention(query, words, weights.numpy()).figure)
+        picture.layout.display = "block"
+
+    def start_over(_) -> None:
+        replies.clear()
+        history.value, look.disabled, picture.layout.display = "", True, "none"
+
+    line.observe(answer, "value")
+    decoder.observe(lambda change: setattr(temperature, "disabled", change["new"] != "sampling"), "value")
+    look.on_click(show_attention)
+    restart.on_click(start_over)
+    return widgets.VBox([history, line, widgets.HBox([decoder, temperature, look, restart]), picture])
 
 
 def _smooth(values: Sequence[float], window: int) -> np.ndarray:

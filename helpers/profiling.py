@@ -1,13 +1,10 @@
 """Where time and memory go: torch.profiler's events as tables, and what bounds each part of the model."""
 
 import contextlib
-import gzip
-import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -174,11 +171,3 @@ def bounds(quick: pd.DataFrame, detailed: pd.DataFrame, peaks: dict[str, float])
     shares = table[["compute", "memory", "overhead"]]
     table["bound by"] = shares.idxmax(axis=1).where(shares.max(axis=1) >= 0.2, "none of them")
     return table
-
-
-def export(prof: profile, path: Path) -> list[dict]:
-    """Write the trace that https://ui.perfetto.dev and chrome://tracing show (`.json.gz`), and return its events."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prof.export_chrome_trace(str(path))
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return json.load(file)["traceEvents"]

@@ -1,11 +1,9 @@
 """A run's folder and files, written whole or not at all; the machine, its devices and clocks."""
 
 import contextlib
-import functools
-import gc
 import hashlib
-import inspect
 import io
+import itertools
 import json
 import os
 import platform
@@ -15,7 +13,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -58,29 +55,27 @@ class Run:
 
     def record_machine(self, device: torch.device, update: int) -> None:
         """Note what the updates from this one on are made with; say so if that was something else before."""
-        facts = machine()
-        here = {name: facts[name] for name in ("threads", "processor", "torch")} | {"device": str(device)}
+        facts = machine() | {"device": str(device)}
+        here = {name: facts[name] for name in ("threads", "processor", "torch", "device")}
         before = [entry for entry in self.facts().get("trained_with", []) if entry["from_update"] < update]
-        last = before[-1] if before else {}
-        changed = [f"{name} {here[name]} instead of {last[name]}" for name in here if last and last[name] != here[name]]
+        last = before[-1] if before else here
+        changed = [f"{name} {here[name]} instead of {last[name]}" for name in here if here[name] != last[name]]
         if changed:
             print(f"resumed with {', '.join(changed)}: the result may differ in its last digits", file=sys.stderr)
-        if changed or not before:
-            before.append({"from_update": update, **here})
-        self.record(trained_with=before)
+        self.record(trained_with=[*before, {"from_update": update, **here}])
 
     def read_metrics(self) -> list[dict]:
         """The rows of `metrics.jsonl`: one per update (loss, …) and one per validation (validation_loss)."""
         require(self.metrics, "notebook 03_training")
         rows = []
         with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):  # a killed run's torn last line
-            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-                row = json.loads(line)
+            for row in map(json.loads, self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()):
                 rows += [row] if isinstance(row["update"], int) else []
         return rows
 
-    def write_metrics(self, rows: list[dict]) -> None:
-        """Make these all the rows there are."""
+    def cut_metrics(self, update: int) -> None:
+        """Leave only the rows up to this update; 0 leaves none."""
+        rows = [row for row in self.read_metrics() if row["update"] <= update] if self.metrics.exists() else []
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_metrics(self, rows: list[dict]) -> None:
@@ -93,35 +88,27 @@ class Run:
 
     def keep_checkpoint(self) -> Path:
         """Give the checkpoint a free name beside its own (checkpoint.1.pt, checkpoint.2.pt, …), and return that."""
-        number = 1
-        while (free := self.checkpoint.with_suffix(f".{number}.pt")).exists():
-            number += 1
-        return self.checkpoint.rename(free)
+        names = (self.checkpoint.with_suffix(f".{number}.pt") for number in itertools.count(1))
+        return self.checkpoint.rename(next(name for name in names if not name.exists()))
 
     @contextlib.contextmanager
     def locked(self, wanted: bool = True) -> Iterator[None]:
         """Keep other processes from training into this folder, if `wanted`.
         The lock of a dead process is free. Raises UserError that names the process which holds it."""
         path = self.folder / ".lock"
-        if not wanted:
+        with contextlib.ExitStack() as stack:
+            if wanted:
+                with _writing(path):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    try:
+                        stack.enter_context(FileLock(path, blocking=False, is_singleton=True))
+                    except Timeout:
+                        what = f"{display_path(self.folder)} is in use by {path.read_text(errors='replace')}"
+                        raise UserError(f"{what}. Wait for it to end, or choose another run.") from None
+                    for leftover in self.folder.glob(".*.tmp"):  # of killed processes: only this one writes here now
+                        leftover.unlink(missing_ok=True)
+                    path.write_text(f"process {os.getpid()} on {platform.node()}")
             yield
-            return
-        with _writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path, is_singleton=True)
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                holder, here = path.read_text(encoding="utf-8", errors="replace"), display_path(self.folder)
-                raise UserError(f"{here} is in use by {holder}. Wait for it to end, or choose another run.") from None
-        try:
-            for leftover in self.folder.glob(".*.tmp"):  # of killed processes: only the lock's holder writes here now
-                leftover.unlink(missing_ok=True)
-            with _writing(path):
-                path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-            yield
-        finally:
-            lock.release()
 
 
 def display_path(path: str | Path) -> str:
@@ -140,16 +127,18 @@ def require(path: Path, maker: str) -> None:
 
 def machine(device: torch.device | None = None) -> dict:
     """What a figure was obtained with: versions, processor and threads; of a device also its kind and name."""
+    table = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    named = re.search(r"^model name\s*: (.*)$", table, re.MULTILINE)
     facts = {
         "python": platform.python_version(), "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.machine()}", "processor": _processor(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": named[1] if named else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
     if device is not None:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["processor"]
-        facts |= {"device": device.type, "name": name}
-        if device.type == "cuda":
-            facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if device.type == "cuda" else {}
+        name = torch.cuda.get_device_name(device) if cuda else facts["processor"]
+        facts |= {"device": device.type, "name": name, **cuda}
     return facts
 
 
@@ -157,10 +146,9 @@ def choose_device(name: str) -> torch.device:
     """`auto` (CUDA where there is one), `cpu` or `cuda`. Raises UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    with user_errors(f"Device {name!r} is not known", "Use auto, cpu or cuda.", RuntimeError):
-        device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"Device {name!r} is not supported; use auto, cpu or cuda.")
+    if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", name):
+        raise UserError(f"Device {name!r} is not known: use auto, cpu or cuda.")
+    device = torch.device(name)
     if device.type == "cuda":
         if (device.index or 0) >= (count := torch.cuda.device_count()):
             raise UserError(f"Device {name!r}: PyTorch sees no such CUDA device here, {count} in all.")
@@ -174,19 +162,16 @@ def choose_device(name: str) -> torch.device:
 @contextlib.contextmanager
 def products(precision: str) -> Iterator[None]:
     """Matrix products and GRUs of fp32 numbers on a GPU: in TF32 (10 bits of mantissa) if so named, else in full."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
-        for switch in switches:
-            switch.allow_tf32 = precision == "tf32"
         yield
     finally:
-        for switch in switches:
-            switch.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """The seconds of one call, what a GPU still has to do for it included."""
-    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait = torch.get_device_module(device).synchronize  # a CPU's does nothing
     wait()
     start = time.perf_counter()
     work()
@@ -200,32 +185,20 @@ def timings(work: Callable[[], object], device: torch.device, repeats: int = 15)
 
 
 @contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Without the search for circular garbage, which would walk again and again through millions of new strings."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its place, whole and on disk, only when the block has ended well.
-    What a killed process leaves half-written goes when the folder is next locked.
-    Raises UserError if it cannot be written (disk full, read-only folder); the old file then stays as it was."""
+def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
+    """A file that takes its place, whole and on disk, only when the block has ended well. Raises UserError if it
+    cannot be written; the old file then stays. What a killed process leaves goes when the folder is next locked."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -257,9 +230,8 @@ def write_tensors(path: Path, version: int, state: dict) -> None:
 
 
 def read_tensors(path: Path, version: int, maker: str) -> dict:
-    """What `write_tensors` wrote, on the CPU.
-    Nothing but tensors and plain values is unpickled: no code can run. Raises UserError that names what makes the file
-    if it is missing, damaged, of another version of the format, or holds anything else or more than its size."""
+    """What `write_tensors` wrote, on the CPU. Only tensors and plain values are unpickled: no code can run. Raises
+    UserError that names what makes the file if it is missing, damaged, of another format or larger than it looks."""
     require(path, maker)
     remedy = f"Use another one, or move it away and let {maker} make it again."
     with user_errors(f"{display_path(path)} cannot be loaded", remedy, Exception):  # torch.load raises many kinds
@@ -272,26 +244,6 @@ def read_tensors(path: Path, version: int, maker: str) -> dict:
     return state
 
 
-def result_path(name: str, facts: dict) -> Path:
-    """Where a figure measured on a `machine` is kept: results/NAME-cuda.json, or NAME-cpu-MAKER.json."""
-    maker = "" if facts["device"] == "cuda" else f"-{re.match('[a-z]*', facts['name'].lower())[0] or 'other'}"
-    return ROOT / "results" / f"{name}-{facts['device']}{maker}.json"
-
-
 def digest(*parts: str) -> str:
     """A short SHA-256 of the parts, to tell whether two inputs are the same."""
     return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:16]
-
-
-def show(*things) -> None:
-    """In a notebook, the highlighted source of classes and functions: the very code that runs."""
-    from IPython.display import Markdown, display
-
-    for thing in things:
-        display(Markdown(f"```python\n{inspect.getsource(thing).rstrip()}\n```"))
-
-
-def _processor() -> str:
-    table = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    named = re.search(r"^model name\s*: (.*)$", table, re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()

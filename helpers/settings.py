@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+MARKS = ".!?。！？．؟۔।॥։።။។"  # what ends a sentence, in all scripts
 PROFILES = Path(__file__).resolve().parent.parent / "notebooks" / "profiles"
 
 
@@ -31,9 +32,8 @@ def user_errors(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[Non
     try:
         yield
     except kinds as error:
-        reason = str(error).strip()
-        if not reason or isinstance(error, LookupError):  # a KeyError's text is the key alone
-            reason = repr(error)
+        text = "" if isinstance(error, LookupError) else str(error).strip()  # a KeyError's text is the key alone
+        reason = text or repr(error)
         raise UserError(f"{what} ({reason.splitlines()[0][:200]}). {remedy}") from None
 
 
@@ -50,6 +50,7 @@ Words = Annotated[int, Field(ge=1, le=1000)]
 Size = Annotated[int, Field(ge=1, le=8192)]
 Number = Annotated[float, BeforeValidator(number), Field(ge=0)]
 DropShare = Annotated[Number, Field(le=0.95)]
+Marks = Annotated[str, Field(max_length=64, pattern=r"^[^\p{L}\p{M}\p{N}\s'<>&]*$")]
 
 
 class Settings(BaseModel):
@@ -65,9 +66,10 @@ class Settings(BaseModel):
     long_queries: Literal["drop", "cut"] = "drop"  # drop the pair, or cut the query to its last max_query_words
     rare_words: Literal["unknown", "drop"] = "unknown"  # a pair with a word below min_count: keep it with UNK, or drop
     min_count: Positive = 2
+    marks: Marks = MARKS  # which are words; all others are dropped
     context_words: Annotated[int, Field(ge=0, le=1000)] = 0  # of the line before the query, put before it with EOS
     openers: bool = False  # train also on each conversation's first line, as the response to silence
-    held_out_share: Annotated[Number, Field(ge=0.01, le=0.4)] = 0.1  # for validation, and again for test
+    held_out_share: Annotated[Number, Field(le=0.4)] = 0.1  # for validation, and again for test; 0: train on all
     # model
     embedding_size: Size = 128
     hidden_size: Size = 128
@@ -75,11 +77,13 @@ class Settings(BaseModel):
     dropout: DropShare = 0.1
     word_dropout: DropShare = 0.0  # of words, in queries and decoder inputs, that training replaces by UNK
     query_dropout: DropShare = 0.0  # of queries that training replaces by silence; decoder mmi needs some
+    strange_queries: DropShare = 0.0  # of queries replaced by jumbled words, to learn when not to answer
+    decline_below: Annotated[Number, Field(le=1)] = 0.0  # probability of a reply that the bot then keeps to itself
     attention: Literal["dot", "general", "concat"] = "general"
     input_feeding: bool = False
     tie_weights: bool = True
     # training
-    updates: Count = 2000
+    updates: Positive = 2000
     batch_size: Positive = 64
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: Annotated[Number, Field(le=10)] = 1e-3
@@ -102,14 +106,11 @@ class Settings(BaseModel):
         """A copy with some settings changed, checked as all are."""
         return Settings(**self.to_dict() | changes)
 
-    def to_dict(self) -> dict:
-        """Plain values, as they are stored in checkpoints and manifests."""
-        return self.model_dump()
+    to_dict = BaseModel.model_dump  # plain values, as they are stored in checkpoints and manifests
 
 
 NAMES = list(Settings.model_fields)
-# What decides the prepared data; the other settings can change without preparing it again.
-DATA_SETTINGS = NAMES[: NAMES.index("embedding_size")]
+DATA_SETTINGS = NAMES[: NAMES.index("embedding_size")]  # a change of the others needs no other data
 
 
 @contextlib.contextmanager

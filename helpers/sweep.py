@@ -3,10 +3,8 @@
 import contextlib
 import itertools
 import json
-import math
 import os
 import random
-import signal
 import time
 import uuid
 import warnings
@@ -34,7 +32,6 @@ from helpers.tracking import Stopped, Tracker
 from helpers.training import NotFiniteError, fit, training_digest
 
 LOSS = "validation loss"
-SAME = "Give the CORPUS and PROFILE that 'make sweep' printed."
 HEARTBEAT = 5  # seconds between a running trial's signs of life; six missed, and its worker is dead
 CPU = torch.device("cpu")
 # What a trial's own settings bring about, and would again; any other error is nobody's result and ends the worker.
@@ -284,38 +281,12 @@ def train_trial(run: Run, prepared: Prepared, settings: Settings, device: torch.
         fit(run, prepared, settings, device, callback, progress_bar=False)
     finally:
         run.checkpoint.unlink(missing_ok=True)  # sixty would fill a disk; the best settings are trained again
-    loss = run.facts()["progress"]["best_loss"]
-    if not math.isfinite(loss):
-        raise UserError("the trial has no update, and so no validation loss.")
-    return loss
+    return run.facts()["progress"]["best_loss"]
 
 
 def config(settings: Settings, prepared: Prepared) -> dict:
     """What W&B keeps of a trial's choices."""
     return settings.to_dict() | {"corpus": prepared.corpus["name"]}
-
-
-def agent_run(folder: Path, sweep: str) -> Run:
-    """The run within a sweep's folder that holds the data of one W&B sweep; its trials' folders lie beside them."""
-    return Run(folder / "online" / sweep.rpartition("/")[2])
-
-
-def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device, data: str) -> None:
-    """One trial of a W&B sweep, on the sweep's prepared data, in a folder named by W&B's run.
-    What its own settings bring about fails at W&B and does not end the agent; SIGTERM is the agent's early stop.
-    Raises UserError if the data or the settings that it starts from have another digest than the sweep's."""
-    here = agent_run(run.folder, os.environ.get("WANDB_SWEEP_ID", "agents"))
-    prepared, name = Prepared.load(here.data), os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
-    if data and training_digest(prepared.settings, prepared) != data:
-        raise UserError(f"{display_path(here.data)} is not what this sweep trains on. {SAME}")
-    settings, folder = prepared.settings.change(**changes), Run(here.folder / name)
-    try:
-        with Tracker(tracking, folder.folder, config(settings, prepared)) as tracker:
-            signal.signal(signal.SIGTERM, tracker.stop)
-            said = f"{LOSS} {train_trial(folder, prepared, settings, device, tracker.log):.4f}"
-    except (Stopped, *OWN_FAILURES) as error:
-        said = str(error)
-    print(f"{said}: {display_path(folder.folder)}")
 
 
 def trial_table(study: optuna.Study) -> pd.DataFrame:

@@ -24,9 +24,12 @@ from helpers.run import Run, choose_device, digest, display_path, products, read
 from helpers.settings import Count, Settings, UserError, user_errors
 from helpers.text import Vocabulary
 
-FORMAT = 3  # of checkpoint.pt
+FORMAT = 4  # of checkpoint.pt
 # Raised by whoever changes what the same settings and data train to: an older checkpoint is then not resumed.
 MATHEMATICS = 2
+# What another value of changes nothing that was trained before, and what decides the weights' shapes.
+LATER = {"updates": 1, "patience": 0, "validate_every": 1, "decline_below": 0.0}
+SHAPES = ("embedding_size", "hidden_size", "layers", "attention", "input_feeding", "tie_weights")
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -56,11 +59,10 @@ class Progress:
 
     def is_best(self, loss: float) -> bool:
         """Take note of a validation loss; returns whether it is the best until now."""
-        best = loss < self.best_loss
-        if best:
-            self.best_loss, self.best_update = loss, self.update
-        self.stale = 0 if best else self.stale + 1
-        return best
+        self.stale += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_update, self.stale = loss, self.update, 0
+        return self.stale == 0
 
 
 @dataclass(config=STRICT)
@@ -69,12 +71,21 @@ class Checkpoint:
 
     settings: dict
     vocabulary: str  # as JSON
+    examples: list[str]  # queries that the bot was trained on
     digest: str  # of what it was trained from
     precision: str
     model: dict
     best_model: dict  # the weights with the lowest validation loss
     optimizer: dict
     progress: dict
+
+    def words(self) -> Vocabulary:
+        """Its vocabulary."""
+        return Vocabulary.from_json(self.vocabulary)
+
+    def shaped(self, settings: Settings) -> Settings:
+        """These settings for a training that starts from its weights."""
+        return settings.change(**{name: self.settings[name] for name in SHAPES})
 
     def save(self, path: Path) -> None:
         """Write it in one piece: either the new checkpoint is there, whole, or the old one is."""
@@ -88,29 +99,26 @@ class Checkpoint:
             return cls(**state)
 
 
-def load_model(path: Path, device: torch.device) -> tuple[Seq2Seq, Vocabulary, Settings]:
-    """The model with the best validation loss, ready to answer, with its vocabulary and settings.
+def load_model(path: Path, device: torch.device) -> tuple[Seq2Seq, Vocabulary, Settings, list[str]]:
+    """The model with the best validation loss, ready to answer, with its vocabulary, settings and examples of queries.
     Raises UserError if the file is missing, damaged, or does not fit its own settings."""
     state = Checkpoint.load(path)
     kinds = (UserError, RuntimeError, TypeError, KeyError, AttributeError)
     with user_errors(f"{display_path(path)} does not fit its own settings", "Use another one.", *kinds):
-        settings = Settings(**state.settings)
-        vocabulary = Vocabulary.from_json(state.vocabulary)
-        with torch.device("meta"):  # its shapes alone: settings that lie must not take memory
-            shapes = {name: tensor.shape for name, tensor in Seq2Seq(settings, len(vocabulary)).state_dict().items()}
-        if {name: tensor.shape for name, tensor in state.best_model.items()} != shapes:
-            raise UserError("the weights are of other shapes")
+        settings, vocabulary = Settings(**state.settings), state.words()
+        with torch.device("meta"):  # first into a model of shapes alone: settings that lie must not take memory
+            Seq2Seq(settings, len(vocabulary)).load_state_dict(state.best_model, assign=True)
         model = Seq2Seq(settings, len(vocabulary))
         model.load_state_dict(state.best_model)
-    return model.to(device).eval(), vocabulary, settings
+    return model.to(device).eval(), vocabulary, settings, state.examples
 
 
 def new_optimizer(model: Seq2Seq, settings: Settings) -> torch.optim.Optimizer:
     """One optimiser; the decoder's own parameters learn `decoder_learning_ratio` times as fast.
     A parameter belongs to one group only: the embedding, which both sides use, to the first."""
-    slow = [*model.embedding.parameters(), *model.encoder.parameters()]
-    known = {id(parameter) for parameter in slow}
-    fast = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    first = ("embedding.", "encoder.")
+    slow = [parameter for name, parameter in model.named_parameters() if name.startswith(first)]
+    fast = [parameter for name, parameter in model.named_parameters() if not name.startswith(first)]
     groups = [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": settings.decoder_learning_ratio}]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
     return kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
@@ -132,9 +140,9 @@ def choose_precision(model: Seq2Seq, settings: Settings, pairs: Pairs) -> str:
     device, cuda = model.embedding.weight.device, model.embedding.weight.is_cuda
     if settings.precision == "tf32" and not cuda:
         raise UserError(f"precision=tf32 is a way of GPUs, not of {device}: choose fp32, bf16 or auto.")
-    units = [name for name, there in torch.cpu.get_capabilities().items() if there and "bf16" in name]
+    units = any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
     halves = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else units
-    candidates = ["fp32"] + ["tf32"] * cuda + ["bf16"] * bool(halves)
+    candidates = ["fp32"] + ["tf32"] * cuda + ["bf16"] * halves
     if settings.precision != "auto" or len(candidates) == 1:
         return settings.precision.replace("auto", "fp32")
     pairs, taken = pairs.to(device), {}
@@ -242,7 +250,7 @@ class Trainer:
         settings, (rank, world) = self.settings, ranks()
         idle = rank >= rows.size(1)  # more processes than examples: this one works for nothing
         batch = pairs.batch_of(rows[:, :1] if idle else rows[:, rank::world], query_time, response_time)
-        batch = batch.with_dropout(settings.query_dropout, settings.word_dropout)
+        batch = batch.with_dropout(settings.query_dropout, settings.word_dropout, settings.strange_queries)
         if self.rounded:
             with torch.no_grad():
                 torch._foreach_copy_(self.rounded, self.parameters)
@@ -300,14 +308,15 @@ def broadcast(value):
 
 def fit(
     run: Run, prepared: Prepared, settings: Settings, device: torch.device,
-    callback: Callable[[dict], None] = lambda row: None, *, resume: bool = True, progress_bar: bool = True,
+    callback: Callable[[dict], None] = lambda row: None, *,
+    resume: bool = True, progress_bar: bool = True, start: Checkpoint | None = None,
 ) -> Seq2Seq:  # fmt: skip
     """Train to the settings' last update or to early stopping, and return the model with the best validation loss.
-    Every `validate_every` updates the validation loss is measured and the checkpoint written. `callback` is given each
-    row of `metrics.jsonl` when it is made: of an update, {update, loss, …}, or of a validation, {update,
-    validation_loss}; what it raises ends the training. With `resume` a training goes on from the folder's checkpoint,
-    to exactly what an uninterrupted one gives; a checkpoint of other settings or data is refused. Without, it starts
-    over, and a checkpoint that is there is kept under another name. Under torchrun each process takes its share of
+    Each validation also writes the checkpoint. `callback` is given each row of `metrics.jsonl` when it is made: of an
+    update, {update, loss, …}, or a validation, {update, validation_loss}; what it raises ends the training. With
+    `resume` a training goes on from the folder's checkpoint, to exactly what an uninterrupted one gives, or further, if
+    `updates` are more; a checkpoint of other settings or data is refused. Without, it starts over, from the weights of
+    `start` if given, and keeps a former checkpoint under another name. Under torchrun each process takes its share of
     every batch, and the first alone writes files. Raises Interrupted on Ctrl-C, NotFiniteError when a loss or gradient
     is not finite (both keep the last checkpoint), and UserError when another process trains here."""
     from tqdm.auto import tqdm  # here, since trained models are also used where there is no tqdm
@@ -315,8 +324,8 @@ def fit(
     first = ranks()[0] == 0
     with run.locked(first):  # by the first process for all
         model = new_model(settings, len(prepared.vocabulary)).to(device)
-        trainer, progress, state = _begin(run, prepared, settings, model, resume)
-        train, validation = prepared.splits["train"].to(device), prepared.splits["validation"].to(device)
+        trainer, progress, state = _begin(run, prepared, settings, model, start, resume)
+        train, validation = (prepared.splits[name].to(device) for name in ("train", "validation"))
         batches = BucketedSampler(train, settings.batch_size, settings.seed).from_update(progress.update)
         bar = tqdm(total=settings.updates, initial=progress.update, disable=not (progress_bar and first), unit="update")
         kept, rows, launched, clock = progress.update, [], None, time.perf_counter()
@@ -350,7 +359,7 @@ def fit(
                     if not math.isfinite(loss):
                         raise FloatingPointError(f"The validation loss after update {progress.update} is {loss}.")
                     if progress.is_best(loss):
-                        state.best_model = _copy(model)
+                        state.best_model = copy.deepcopy(model.state_dict())
                     report(update=progress.update, validation_loss=loss)
                     clock = time.perf_counter()
                     if first:
@@ -359,16 +368,18 @@ def fit(
                         state.progress = vars(progress).copy()
                         state.save(run.checkpoint)
                     kept = progress.update
-        except FloatingPointError as error:
+        except (FloatingPointError, KeyboardInterrupt) as error:
+            there, told = run.checkpoint.exists(), "No checkpoint was written yet."
+            if there:
+                told = f"{display_path(run.checkpoint)} of update {kept} is kept."
+            if isinstance(error, KeyboardInterrupt):
+                resume = " Resume to go on from there." * there
+                raise Interrupted(f"stopped in update {progress.update + 1}. {told}{resume}") from None
             if first:
                 run.append_metrics(rows)
-            indices = (launched or following).indices
-            query = " ".join(prepared.vocabulary.decode(train.queries[indices[0]].tolist()))
+            query = prepared.vocabulary.decode(train.queries[(launched or following).indices[0]].tolist())
             remedy = "In another run, try a lower learning_rate, clip=1, or precision=fp32."
-            raise NotFiniteError(f"{error} The last batch begins with {query!r}. {_kept(run, kept)} {remedy}") from None
-        except KeyboardInterrupt:
-            resume = " Resume to go on from there." * run.checkpoint.exists()
-            raise Interrupted(f"stopped in update {progress.update + 1}. {_kept(run, kept)}{resume}") from None
+            raise NotFiniteError(f"{error} The last batch begins with {' '.join(query)!r}. {told} {remedy}") from None
         if first and run.facts().get("progress") != vars(progress):
             run.record(
                 settings=settings.to_dict(), corpus=prepared.corpus, data_digest=prepared.digest, device=str(device),
@@ -380,24 +391,36 @@ def fit(
 
 
 def training_digest(settings: Settings, prepared: Prepared) -> str:
-    """Tells whether a checkpoint was trained from these settings and this data, by the same mathematics."""
+    """Tells whether two trainings are of the same settings and data, by the same mathematics."""
     return digest(json.dumps(settings.to_dict(), sort_keys=True), prepared.digest, str(MATHEMATICS))
 
 
 def checkpoint_to_resume(run: Run, prepared: Prepared, settings: Settings) -> Checkpoint:
-    """The folder's checkpoint. Raises UserError if it is of another training, which going on would spoil."""
+    """The folder's checkpoint. Raises UserError if it is of another training: of other data or mathematics, or of other
+    settings, but for LATER. (Under a cosine only a training that is over takes more updates.)"""
     state, new = Checkpoint.load(run.checkpoint), settings.to_dict()
-    if state.digest != training_digest(settings, prepared):
-        old = state.settings
-        changed = [f"{name} {old.get(name)!r}, not {new[name]!r}" for name in new if old.get(name) != new[name]]
-        what = f"with other settings: {', '.join(changed)}" if changed else "on other data, or by other mathematics"
+    old = state.settings
+    changed = [name for name in new if old.get(name) != new[name] and name not in LATER]
+    if old.get("updates") != new["updates"] and new["schedule"] == "cosine" and not changed:
+        changed = [] if Progress(**state.progress).over(Settings(**old)) else ["updates"]
+    if changed or state.digest != training_digest(settings.change(**LATER), prepared):
+        what = f"with other settings: {', '.join(f'{name} {old.get(name)!r}, not {new[name]!r}' for name in changed)}"
+        what = what if changed else "on other data, or by other mathematics"
         remedy = "start over (--fresh; resume = False in notebook 3), which keeps it under another name"
         raise UserError(f"{display_path(run.checkpoint)} was trained {what}. Choose another run, or {remedy}.")
     return state
 
 
+def require_own_data(run: Run, prepared: Prepared) -> None:
+    """Raises UserError if the run's checkpoint was trained on other data than these."""
+    state = Checkpoint.load(run.checkpoint)
+    if state.digest != training_digest(Settings(**state.settings).change(**LATER), prepared):
+        what = f"{display_path(run.checkpoint)} was trained on other data than {display_path(run.data)} holds"
+        raise UserError(f"{what}: train again, or prepare the former data again.")
+
+
 def _begin(
-    run: Run, prepared: Prepared, settings: Settings, model: Seq2Seq, resume: bool
+    run: Run, prepared: Prepared, settings: Settings, model: Seq2Seq, start: Checkpoint | None, resume: bool
 ) -> tuple[Trainer, Progress, Checkpoint]:
     """A training that goes on from the folder's checkpoint, or a new one. Manifest and metrics are made to fit."""
     first = ranks()[0] == 0
@@ -412,27 +435,29 @@ def _begin(
             for parameter, moments in trainer.optimizer.state.items():  # the fused optimisers do not look
                 if any(moment.dim() and moment.shape != parameter.shape for moment in moments.values()):
                     raise ValueError("the optimiser's state is of other shapes")
-            progress = Progress(**state.progress)
-        rows = [row for row in run.read_metrics() if row["update"] <= progress.update] if run.metrics.exists() else []
+            progress, state.settings = Progress(**state.progress), settings.to_dict()
     else:
         if first and run.checkpoint.exists():
             print(f"the former checkpoint is kept as {display_path(run.keep_checkpoint())}", file=sys.stderr)
+        if start:
+            _take_over(model, start, prepared.vocabulary)
         precision = broadcast(choose_precision(model, settings, prepared.splits["train"]))
-        trainer, progress, rows = Trainer(model, settings, precision), Progress(), []
-        made_from, vocabulary = training_digest(settings, prepared), prepared.vocabulary.to_json()
-        state = Checkpoint(settings.to_dict(), vocabulary, made_from, precision, {}, _copy(model), {}, {})
+        trainer, progress = Trainer(model, settings, precision), Progress()
+        made_from, vocabulary = training_digest(settings.change(**LATER), prepared), prepared.vocabulary.to_json()
+        examples, best = prepared.examples, copy.deepcopy(model.state_dict())
+        state = Checkpoint(settings.to_dict(), vocabulary, examples, made_from, precision, {}, best, {}, {})
     if first:
-        run.write_metrics(rows)
+        run.cut_metrics(progress.update)
         if not progress.over(settings):
             run.record_machine(model.embedding.weight.device, progress.update)
     return trainer, progress, state
 
 
-def _kept(run: Run, update: int) -> str:
-    if not run.checkpoint.exists():
-        return "No checkpoint was written yet."
-    return f"{display_path(run.checkpoint)} of update {update} is kept."
-
-
-def _copy(model: Seq2Seq) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+def _take_over(model: Seq2Seq, start: Checkpoint, vocabulary: Vocabulary) -> None:
+    """Give a new model another one's best weights; words that are new to these keep their random ones."""
+    weights, known = model.state_dict(), start.words().words
+    if vocabulary.words[: len(known)] != known:
+        raise UserError("The vocabulary does not begin with that of the run to start from: prepare the data with it.")
+    with user_errors("The weights to start from are of other shapes", "Take them with their settings.", RuntimeError):
+        for name, tensor in start.best_model.items():
+            weights[name][: len(tensor)].copy_(tensor)

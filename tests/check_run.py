@@ -2,10 +2,11 @@
 
 import torch
 
+from benchmarks.replies import exact_matches
 from helpers.batches import Prepared
 from helpers.chat import Chatbot
 from helpers.decoding import greedy
-from helpers.evaluation import exact_matches, replies_of
+from helpers.evaluation import replies_of
 from helpers.run import Run
 
 RUN = Run.named("sample")

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import shutil
 
 import pytest
@@ -16,17 +15,17 @@ from tests.conftest import TINY
 
 def corpus_of(*pairs, movies=None):
     exchanges = [Exchange(q, r, f"L{i}", (movies or {}).get(i, f"m{i}")) for i, (q, r) in enumerate(pairs)]
-    return Corpus("made", exchanges, 2 * len(pairs), len(pairs), 0, "digest")
+    return Corpus("made", "made", exchanges, 2 * len(pairs), len(pairs), 0, 0, "digest")
 
 
 def talks(*conversations):
     """A corpus of whole conversations, given as lists of lines, each in a movie of its own."""
     exchanges = [
-        Exchange(query, response, f"L{number}", f"m{number}")
+        Exchange(query, response, f"L{number}", f"m{number}", before)
         for number, lines in enumerate(conversations)
-        for query, response in itertools.pairwise(lines)
+        for before, query, response in zip([None, *lines], lines, lines[1:], strict=False)
     ]
-    return Corpus("made", exchanges, sum(map(len, conversations)), len(conversations), 0, "digest")
+    return Corpus("made", "made", exchanges, sum(map(len, conversations)), len(conversations), 0, 0, "digest")
 
 
 def in_words(pairs, vocabulary):
@@ -45,10 +44,11 @@ def in_words(pairs, vocabulary):
 def test_every_movie_has_one_part_and_every_part_its_share(corpus_folder):
     exchanges = read_corpus(corpus_folder).exchanges
     for seed in range(3):
-        chosen = split(exchanges, 0.15, seed)
-        assert set(chosen) == {exchange.movie for exchange in exchanges}
-        for name in ("test", "validation"):
-            assert sum(chosen[exchange.movie] == name for exchange in exchanges) >= 0.15 * len(exchanges)
+        parts, unit = split(exchanges, 0.15, seed)
+        assert unit == "movie"
+        chosen = dict(zip([exchange.movie for exchange in exchanges], parts, strict=True))
+        assert parts == [chosen[exchange.movie] for exchange in exchanges]
+        assert all(parts.count(name) >= 0.15 * len(exchanges) for name in ("test", "validation"))
 
 
 def test_the_same_movies_are_held_out_whatever_the_filters_drop():
@@ -60,7 +60,7 @@ def test_the_same_movies_are_held_out_whatever_the_filters_drop():
 
 
 def test_filters_are_counted_and_emptiness_is_seen_after_normalising():
-    pairs = [("Hello there.", "Yes.")] * 30 + [("«»", "Yes."), ("Hi.", "🙂"), ("Hi.", "a " * 30), ("b " * 30, "No.")]
+    pairs = [("Hello there.", "Yes.")] * 30 + [("«»", "Yes."), ("Hi.", "…"), ("Hi.", "a " * 30), ("b " * 30, "No.")]
     report = prepare(corpus_of(*pairs), Settings(min_count=1)).report
     assert (report["no word left"], report["response too long"], report["query too long"]) == (2, 1, 1)
     assert report["train"] + report["validation"] + report["test"] == 30
@@ -80,6 +80,62 @@ def test_rare_words_become_unk_or_their_pairs_are_dropped():
     dropped = prepare(corpus_of(*pairs), Settings(min_count=2, rare_words="drop"))
     assert all(UNK not in part.responses for part in dropped.splits.values())
     assert dropped.report["rare word"] == 20
+
+
+@pytest.mark.parametrize(("movies", "talks_", "unit"), [(12, 12, "movie"), (1, 12, "conversation"), (1, 1, "exchange")])
+def test_what_is_split_is_the_largest_unit_of_which_there_are_enough(movies, talks_, unit):
+    exchanges = [Exchange("Hi.", f"Word{i}.", f"L{i % talks_}", f"m{i % movies}") for i in range(24)]
+    corpus = Corpus("made", "made", exchanges, 48, talks_, 0, 0, "digest")
+    data = prepare(corpus, Settings(min_count=1))
+    assert data.corpus["unit"] == unit
+    assert f"split by {unit}" in data.account()
+    assert sum(len(part) for part in data.splits.values()) == 24
+
+
+def test_with_nothing_held_out_all_is_trained_on_and_looked_at():
+    data = prepare(corpus_of(*[(f"one{i}", f"two{i}") for i in range(20)]), Settings(min_count=1, held_out_share=0.0))
+    for pairs in data.splits.values():
+        assert len(pairs) == 20
+    assert data.texts["test"][0] == ("one0", "two0")
+    assert "none held out" in data.account()
+
+
+def test_one_sentence_says_what_became_of_the_exchanges():
+    pairs = [("Hello there.", "Yes.")] * 30 + [("«»", "Yes.")] * 3 + [("Hi.", "a " * 30)] * 4
+    told = prepare(corpus_of(*pairs), Settings(min_count=20)).account()
+    assert told.startswith("37 exchanges read from made; dropped: 3 for no word left, 4 for response too long; kept: ")
+    assert told.endswith("split by movie; 4 of 4 words known")
+
+
+def test_words_are_written_as_they_mostly_are_inside_sentences():
+    pairs = [("Hello there.", "Well, I met Marco in rome. Marco met McCoy.")] * 30 + [("Hi.", "so marco SAID")]
+    spelling = prepare(corpus_of(*pairs), Settings(min_count=1)).vocabulary.spelling
+    assert spelling["marco"] == "Marco"
+    assert spelling["mccoy"] == "McCoy"
+    assert spelling["i"] == "I"
+    assert "rome" not in spelling
+    assert "well" not in spelling
+
+
+def test_a_vocabulary_to_build_on_keeps_its_ids_and_gets_the_new_words():
+    base = prepare(corpus_of(*[("hello there", "yes")] * 20), Settings(min_count=1)).vocabulary
+    more = prepare(corpus_of(*[("hello moon", "no")] * 20), Settings(min_count=1), base).vocabulary
+    assert more.words[: len(base)] == base.words
+    assert set(more.words[len(base) :]) == {"moon", "no"}
+
+
+def test_jumbled_queries_are_answered_by_nothing(prepared):
+    batch = prepared.splits["train"].batch(torch.arange(64))
+    torch.manual_seed(0)
+    strange = batch.with_dropout(0.0, 0.0, 0.5)
+    silent = strange.targets[:, 0] == EOS
+    assert 16 < silent.sum() < 48
+    assert (strange.targets[silent, 1:] == PAD).all()
+    assert (strange.inputs[silent, 1:] == PAD).all()
+    for old, new in zip(batch, strange, strict=True):
+        assert torch.equal(old[~silent], new[~silent])
+    assert torch.equal(strange.query == PAD, batch.query == PAD)
+    assert (strange.query != batch.query)[silent & (batch.query_lengths > 3)].any(1).float().mean() > 0.9
 
 
 def test_too_little_for_three_parts_is_an_error():
@@ -240,7 +296,8 @@ def test_of_a_conversation_the_first_line_alone_is_an_opener():
     data = prepare(talks(*plain, *odd), choices)
     rows = in_words(data.splits["train"], data.vocabulary)
     opened = [response for query, response in rows if query == "<eos>"]
-    chosen = split(talks(*plain, *odd).exchanges, 0.15, choices.seed)
+    exchanges = talks(*plain, *odd).exchanges
+    chosen = dict(zip([e.movie for e in exchanges], split(exchanges, 0.15, choices.seed)[0], strict=True))
     expected = [f"opener{n} <eos>" for n in range(20) if chosen[f"m{n}"] == "train"]
     assert sorted(opened) == sorted([*expected, "second1 second2 <eos>"])
     assert chosen["m20"] == chosen["m21"] == chosen["m22"] == "train"  # so that all three count here
@@ -271,11 +328,7 @@ def test_dropped_queries_are_silence_and_dropped_words_unknown(prepared):
 
 def test_the_line_before_can_precede_the_query():
     lines = [f"word{i} is here" for i in range(6)]
-    exchanges = [
-        Exchange(lines[i], lines[i + 1], f"L{movie}", f"m{movie}") for movie in range(12) for i in range(len(lines) - 1)
-    ]
-    corpus = Corpus("made", exchanges, 72, 12, 0, "digest")
-    data = prepare(corpus, Settings(context_words=2, min_count=1))
+    data = prepare(talks(*[lines] * 12), Settings(context_words=2, min_count=1))
     words = [[data.vocabulary.words[i] for i in row if i] for row in data.splits["train"].queries.tolist()]
     assert words[0] == ["word0", "is", "here"]
     assert words[1] == ["is", "here", "<eos>", "word1", "is", "here"]
@@ -315,10 +368,10 @@ STRANGE = st.text(st.sampled_from("aB 'é’İßΣ<u>/i≮.!?\n\r\u0301\x85\u202
 @given(st.lists(st.tuples(STRANGE, STRANGE), max_size=20))
 def test_every_row_holds_what_tokenising_its_lines_gives(texts):
     corpus = corpus_of(*[("Hello there.", "Good day!")] * 200, *texts)  # some of them in every part
-    chosen = split(corpus.exchanges, 0.1, 1)
+    parts, _ = split(corpus.exchanges, 0.1, 1)
     data = prepare(corpus, Settings(min_count=1))
     for name, pairs in data.splits.items():
-        own = [exchange for exchange in corpus.exchanges if chosen[exchange.movie] == name]
+        own = [exchange for exchange, part in zip(corpus.exchanges, parts, strict=True) if part == name]
         words = [(tokenise(exchange.query), tokenise(exchange.response)) for exchange in own]
         kept = [(query, response) for query, response in words if query and response]
         known = lambda said: " ".join(word if word in data.vocabulary else "<unk>" for word in said)  # noqa: E731

@@ -4,8 +4,10 @@ import io
 import pytest
 import torch
 
-from helpers.chat import NO_WORDS, NOTHING_SAID, Chatbot, chat_box, converse
+from helpers.__main__ import converse
+from helpers.chat import NO_WORDS, NOTHING_SAID, Chatbot, Reply
 from helpers.decoding import beam_search, greedy, mmi, sample
+from helpers.plots import chat_box
 from helpers.settings import UserError
 from tests.conftest import CPU
 
@@ -40,7 +42,7 @@ def test_any_line_gets_an_answer_or_a_kind_word(bot, line, decoder):
 
 def test_kind_words_say_what_is_the_matter(bot):
     assert bot.reply(" ").text == NOTHING_SAID
-    assert bot.reply("🙂").text == NO_WORDS
+    assert bot.reply("«»").text == NO_WORDS
 
 
 def test_a_reply_shows_what_was_understood(bot):
@@ -138,7 +140,9 @@ def parts(box):
 
 
 def test_a_model_with_context_reads_the_line_before(bot):
-    assert bot.reply("Hello.", before="How are you?") == bot.reply("Hello.")
+    said = Reply("Well, how are you?", ["well", "how", "are", "you", "?"], [])
+    assert bot.reply("Hello.", before=said) == bot.reply("Hello.")
     reader = dataclasses.replace(bot, settings=bot.settings.change(context_words=3))
-    reply = reader.reply("Hello.", before="Well, how are you?")
-    assert reply.query == ["are", "you", "?", "<eos>", "hello", "."]
+    assert reader.reply("Hello.", before=said).query == ["are", "you", "?", "<eos>", "hello", "."]
+    assert reader.reply("Hello.", before=reader.reply("🙈\u200b")).query[-2:] == ["hello", "."]
+    assert reader.reply("Hello.", before=reader.reply("")).query == ["hello", "."], "its kind words are not context"

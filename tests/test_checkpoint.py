@@ -14,7 +14,7 @@ NOT_OURS = r"checkpoint\.pt .*not a (checkpoint|file of this project)"
 
 def test_a_model_comes_back_as_it_was_saved(trained, prepared):
     state = Checkpoint.load(trained.checkpoint)
-    model, vocabulary, settings = load_model(trained.checkpoint, CPU)
+    model, vocabulary, settings, _ = load_model(trained.checkpoint, CPU)
     assert not model.training
     assert vocabulary.words == prepared.vocabulary.words
     assert settings.to_dict() == state.settings

@@ -23,9 +23,10 @@ def run(*arguments, **options):
 @pytest.fixture(scope="module")
 def trained_by_command(corpus_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    done = run("train", "--corpus", corpus_folder, "--run", folder, *SMALL)
+    done = run("train", "--corpus", corpus_folder, "--run", folder, "--profile", "sample", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "best validation loss" in done.stdout
+    assert " exchanges read from " in done.stdout
     assert (folder / "manifest.json").is_file()
     return folder
 
@@ -33,7 +34,7 @@ def trained_by_command(corpus_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "profile"),
     [
-        (["train", "--run", "r"], "sample"),
+        (["train", "--run", "r"], ""),  # which the corpus decides
         (["sweep", "--run", "r", "f.yaml"], "sweep"),
         (["sweep-worker", "--run", "r", "id"], "sweep"),
     ],
@@ -71,7 +72,9 @@ def test_a_folder_of_another_training_stays_as_it_is_until_it_is_begun_anew(
     before = contents()
 
     def train(*more):
-        status = main(["train", "--corpus", str(corpus_folder), "--run", str(folder), *SMALL, *more])
+        status = main(
+            ["train", "--profile", "sample", "--corpus", str(corpus_folder), "--run", str(folder), *SMALL, *more]
+        )
         return status, capsys.readouterr().err
 
     status, error = train()
@@ -164,10 +167,47 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, words, tmp_path
 
 def test_a_pairs_file_with_a_wrong_line_names_it(trained_by_command, tmp_path, capsys):
     pairs = tmp_path / "pairs.tsv"
-    for text, word in [("one field\n", "line 1"), ("", "no pair"), ("hello\tyes\n🙂\tno\n", "Pair 2")]:
+    for text, word in [("one field\n", "line 1"), ("", "no pair"), ("hello\tyes\n«»\tno\n", "Pair 2")]:
         pairs.write_text(text)
         assert main(["score", "--run", str(trained_by_command), str(pairs)]) == 1
         assert word in capsys.readouterr().err
+
+
+def test_a_corpus_without_a_profile_gets_its_own_and_training_goes_on_from_there(tmp_path, capsys):
+    (tmp_path / "own.tsv").write_text("".join(f"where is number {i}\tIn Room {i}.\n" for i in range(20)))
+    train = ["train", "--corpus", str(tmp_path / "own.tsv"), "--run"]
+    changes = ["hidden_size=16", "validate_every=2"]
+    assert main([*train, str(tmp_path / "a"), "--set", "updates=2", *changes]) == 0
+    assert "20 exchanges read from own; dropped: none; kept: all to train on, none held out; " in (
+        told := capsys.readouterr().out
+    )
+    assert "profile own" in told
+    assert main([*train, str(tmp_path / "a"), "--resume", "--set", "updates=4"]) == 0
+    assert Checkpoint.load(tmp_path / "a" / "checkpoint.pt").progress["update"] == 4
+    more = "what is this\tA new line.\n" * 20
+    (tmp_path / "own.tsv").write_text(more)
+    assert main([*train, str(tmp_path / "b"), "--start-from", str(tmp_path / "a"), "--set", "updates=2"]) == 0
+    assert Checkpoint.load(tmp_path / "b" / "checkpoint.pt").settings["hidden_size"] == 16
+    assert main([*train, str(tmp_path / "b"), "--resume", "--set", "updates=4"]) == 0
+    words = Checkpoint.load(tmp_path / "b" / "checkpoint.pt").words()
+    assert {"number", "line"} <= set(words.words)
+    assert main([*train, str(tmp_path / "c"), "--start-from", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--seed", "9" * 30], ["--replies", "0"], ["--min-words", "-1"], ["--seed", "x"]])
+def test_a_number_that_is_none_is_refused_in_a_sentence(trained_by_command, capsys, option):
+    assert main(["chat", "--run", str(trained_by_command), *option]) == 1
+    assert "is not a number from" in capsys.readouterr().err
+
+
+def test_several_replies_stand_in_one_line_and_are_as_long_as_asked(trained_by_command):
+    done = run("chat", "--run", trained_by_command, "--replies", "3", "--min-words", "2", "--raw", input="Hello.\n")
+    assert done.returncode == 0, done.stderr
+    replies = done.stdout.rstrip("\n").split("\t")
+    assert 1 < len(replies) <= 3
+    assert len(set(replies)) == len(replies)
+    assert all(len(reply.split()) >= 2 for reply in replies)
 
 
 def test_threads_that_wait_leave_the_processor_to_others():

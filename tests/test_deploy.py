@@ -19,7 +19,7 @@ from tests.test_model import SCORES
 
 @pytest.fixture(scope="module")
 def saved(trained, tmp_path_factory):
-    model, vocabulary, _ = load_model(trained.checkpoint, CPU)
+    model, vocabulary, *_ = load_model(trained.checkpoint, CPU)
     path = tmp_path_factory.mktemp("scripted") / "scripted.pt"
     save_scripted(path, script(model), vocabulary, 12)
     return model, vocabulary, path

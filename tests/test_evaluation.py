@@ -6,20 +6,16 @@ import torch
 from torch import nn
 
 from benchmarks.compare import choice_accuracy, unigram_perplexity
+from benchmarks.replies import bleu, commonest_reply, distinct, exact_matches, reply_metrics
 from helpers.batches import Pairs
 from helpers.decoding import beam_search, greedy
 from helpers.evaluation import (
     Likelihood,
     batch_loss,
-    bleu,
-    commonest_reply,
-    distinct,
     evaluate,
-    exact_matches,
     free_running_logits,
     log_probability,
     replies_of,
-    reply_metrics,
     score,
 )
 from helpers.model import new_model
@@ -118,7 +114,7 @@ def test_score_charges_unknown_words_and_cuts_nothing(prepared):
     assert pairs.responses.tolist() == [[UNK, UNK, EOS, PAD]]
     assert alone["nll_per_response"] == pytest.approx(evaluate(model, pairs).nll + 2 * math.log(100), rel=1e-6)
     with pytest.raises(UserError, match="Pair 1"):
-        score(model, vocabulary, [("🙂", "yes")])
+        score(model, vocabulary, [("«»", "yes")])
 
 
 def test_a_response_of_any_length_is_scored_whole(prepared):
@@ -153,7 +149,7 @@ def test_the_true_response_is_chosen_by_one_who_knows_and_by_chance_by_one_who_d
 
 
 def test_replies_come_in_the_examples_order(trained, prepared):
-    model, vocabulary, _ = load_model(trained.checkpoint, CPU)
+    model, vocabulary, *_ = load_model(trained.checkpoint, CPU)
     pairs = prepared.splits["test"]
     for search in (greedy, beam_search):
         replies = replies_of(model, pairs, vocabulary, 10, search)

@@ -74,8 +74,7 @@ def no_hang():
 def test_tokenising_is_idempotent_and_words_are_what_the_vocabulary_can_hold(text):
     words = tokenise(text)
     assert tokenise(" ".join(words)) == words
-    assert all(re.fullmatch(r"[a-z0-9']+|[.!?]", word) for word in words)
-    assert spell(words).isascii()
+    assert all(word and word == word.lower() and not re.search(r"\s", word) for word in words)
     assert tokenise(spell(words)) == words
 
 
@@ -92,9 +91,10 @@ def test_every_known_word_survives_the_vocabulary_and_its_json(texts):
 def test_what_is_no_vocabulary_is_refused(text):
     with contextlib.suppress(UserError):
         assert Vocabulary.from_json(text).decode([0]) == []
+    whole = json.loads(Vocabulary([]).to_json())
     for word in ("\x1b[31m", "two words", "", "<b>", "line\n", "É"):
         with pytest.raises(UserError, match="cannot hold"):
-            Vocabulary.from_json(json.dumps({"words": [word], "unknown_types": 0}))
+            Vocabulary.from_json(json.dumps(whole | {"words": [word]}))
 
 
 def test_a_megabyte_of_anything_is_read_in_a_moment():
@@ -140,11 +140,15 @@ def neighbours(folder: Path) -> list[tuple[str, str]]:
         rows = [json.loads(line) for line in file.read_bytes().split(b"\n") if line.strip(b"\r")]
         texts = {row["id"]: row["text"] or "" for row in rows}
         pairs = [(texts[r.get("reply-to", r.get("reply_to"))], r["text"] or "") for r in rows if
-                 r.get("reply-to", r.get("reply_to"))]  # fmt: skip
+                 r.get("reply-to", r.get("reply_to")) in texts]  # fmt: skip
         return [tuple(re.sub("[\ud800-\udfff]", " ", text).strip() for text in pair) for pair in pairs]
     texts, pairs = {}, []
     for line in (folder / "movie_lines.txt").read_bytes().split(b"\n"):
-        fields = line.replace(b"\xef\xbf\xbd", b" ").decode("iso-8859-1").rstrip("\r").split(" +++$+++ ", 4)
+        line = line.replace(b"\xef\xbf\xbd", b" ")
+        try:
+            fields = line.decode("utf-8").rstrip("\r").split(" +++$+++ ", 4)
+        except UnicodeDecodeError:
+            fields = line.decode("iso-8859-1").rstrip("\r").split(" +++$+++ ", 4)
         texts[fields[0]] = fields[4].strip() if len(fields) == 5 else ""
     for line in (folder / "movie_conversations.txt").read_bytes().split(b"\n"):
         ids = line.decode("iso-8859-1").split(" +++$+++ ")[-1].split("'")[1::2]
@@ -319,7 +323,7 @@ def test_a_line_without_end_is_refused(tmp_path):
     folder = write(tmp_path / "c")
     with open(folder / "movie_lines.txt", "ab") as file:
         file.write(b"\nL9 +++$+++ u0 +++$+++ m0 +++$+++ ANN +++$+++ " + b"word " * 1_000_000)
-    assert read_corpus(folder).lines == 7  # 5 MB are read
+    assert read_corpus(folder).lines == 6  # 5 MB are read, though no conversation has that line
     with open(folder / "movie_lines.txt", "ab") as file:
         file.truncate(100 << 20)
     with no_hang(), pytest.raises(UserError, match=r"line 7: .* refused"):

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from benchmarks.sweep_report import effects, importance_intervals
-from helpers.importance import importance, losses_by_value
+from benchmarks.sweep_report import effects, importance_intervals, losses_by_value
+from helpers.importance import importance
 from helpers.run import ROOT
 from helpers.sweep import read_sweep
 

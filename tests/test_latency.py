@@ -12,7 +12,8 @@ from benchmarks import classic
 from benchmarks.textbook import textbook_greedy
 from helpers import latency
 from helpers.__main__ import main
-from helpers.batches import Prepared
+from helpers.batches import Prepared, prepare
+from helpers.corpus import read_corpus
 from helpers.decoding import GreedySearch
 from helpers.latency import Subject, answers, measure, parity, report, table
 from helpers.model import new_model
@@ -186,11 +187,9 @@ def test_a_device_that_is_not_there(trained, capsys, device, sentence):
     assert sentence in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_vocabulary(trained, tmp_path):
+def test_a_checkpoint_beside_other_data(trained, tmp_path, corpus_folder):
     run = Run(tmp_path)
-    data = Prepared.load(trained.data)
-    data.vocabulary.words[-1] = "zebra"
-    data.save(run.data)
+    prepare(read_corpus(corpus_folder), Prepared.load(trained.data).settings.change(seed=2)).save(run.data)
     run.checkpoint.write_bytes(trained.checkpoint.read_bytes())
-    with pytest.raises(UserError, match="another vocabulary"):
+    with pytest.raises(UserError, match="trained on other data"):
         report(run, CPU, [1], 10, 10, full=False)

@@ -160,7 +160,7 @@ def test_a_run_remembers_its_settings_and_refuses_others(make, tmp_path):
     (make.folder / "tools" / "make_pages.py").write_text("")
     assert make("RUN=mine", goal="html") == ["so"]
     _, _, words = make.calls[0]
-    assert words == ["-p", "run", "mine", "-p", "corpus", f"{tmp_path}/talk.tsv", "-p", "profile", "cornell",
+    assert words == ["-p", "run", "mine", "-p", "corpus", f"{tmp_path}/talk.tsv", "-p", "profile", "auto",
                      "-p", "device", "cpu", "-p", "overrides", "updates=10 seed=2"]  # fmt: skip
     for other in ("CORPUS=sample", "PROFILE=classic", "DEVICE=cuda", "PARAMS=-p overrides updates=10"):
         name, _, value = other.partition("=")
@@ -179,7 +179,7 @@ def test_fresh_starts_over_and_keeps_the_checkpoint(make):
     assert settings(make, "sample")["profile"] == "classic"
     assert make("FRESH=1") == ALL
     assert (make.runs / "sample" / "checkpoint.2.pt").is_file()
-    assert settings(make, "sample")["profile"] == "sample"
+    assert settings(make, "sample")["profile"] == "auto"
 
 
 def test_a_training_of_the_command_line_is_not_overwritten(make):
@@ -202,7 +202,7 @@ def test_measuring_takes_the_run_s_settings_and_a_device_of_its_own(make):
 def test_a_corpus_of_any_name_makes_a_run_of_that_name(make, tmp_path, name):
     (tmp_path / name).mkdir()
     assert make(f"CORPUS={tmp_path / name}/") == ALL
-    assert {"name": name, "profile": "cornell"} == {
+    assert {"name": name, "profile": "auto"} == {
         "name": next(path.name for path in make.runs.iterdir() if (path / "series.json").exists()),
         "profile": settings(make, name)["profile"],
     }
@@ -241,7 +241,7 @@ def test_paths_count_from_where_make_was_called(make, tmp_path):
     ("arguments", "word"),
     [
         (["CORPUS=nonesuch.zip"], "CORPUS=nonesuch.zip: there is no such file"),
-        (["PROFILE=nonesuch"], "the names known are classic, cornell"),
+        (["PROFILE=nonesuch"], "the names known are auto, classic, cornell"),
         (["RUN=-x"], "RUN=-x must be one plain word"),
         (["RUN=../x"], "RUN=../x must be one plain word"),
         (["PARAMS=seed 1"], "expected"),
@@ -411,9 +411,9 @@ def test_an_environment_is_made_mended_moved_and_made_anew(project, tmp_path):
         return (done.stdout + done.stderr).splitlines()[-1]
 
     def imported(folder: Path) -> str:
-        program = "import helpers; print(helpers.__file__)"
-        command = [folder / ".venv" / "bin" / "python", "-c", program]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout.strip()
+        command = [folder / ".venv" / "bin" / "python", "-c", "import helpers; print(helpers.__file__)"]
+        env = {name: value for name, value in clean().items() if name != "PYTHONPATH"}
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/", env=env).stdout.strip()
 
     venv = project / ".venv"
     (venv / "bin").mkdir(parents=True)  # half of one, which an older Python has left

@@ -1,3 +1,5 @@
+import gzip
+import json
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -8,11 +10,12 @@ import torch
 from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.profiler import ProfilerActivity, record_function
 
+from benchmarks.results import latency_figure
+from benchmarks.sweep_report import losses_by_value, panels_by_value
 from helpers import plots
 from helpers.evaluation import batch_loss
-from helpers.importance import losses_by_value
 from helpers.model import new_model
-from helpers.profiling import PARTS, bounds, export, labelled, machine_peaks, operator_table, part_table, profiled
+from helpers.profiling import PARTS, bounds, labelled, machine_peaks, operator_table, part_table, profiled
 from helpers.training import new_optimizer
 from tests.conftest import CPU, TINY
 
@@ -101,7 +104,8 @@ def test_a_machine_s_peaks_are_numbers():
 
 
 def test_the_trace_is_what_the_file_holds(training_profiles, tmp_path):
-    trace = export(training_profiles[0], tmp_path / "traces" / "step.json.gz")
+    training_profiles[0].export_chrome_trace(str(tmp_path / "step.json.gz"))
+    trace = json.loads(gzip.decompress((tmp_path / "step.json.gz").read_bytes()))["traceEvents"]
     assert {*PARTS} - {"loss"} <= {event["name"] for event in trace if event.get("cat") == "user_annotation"}
     memory = [event["args"] for event in trace if event.get("name") == "[memory]"]
     assert memory
@@ -176,7 +180,7 @@ def test_latency_bars_carry_their_numbers():
         row | {"batch": 8, "p50 ms": 4.0, "p95 ms": 4.5},
     ]
     failed = {"model": "m", "variant": "z", "batch": 1}
-    top, bottom = plots.latency([*rows, failed]).axes
+    top, bottom = latency_figure([*rows, failed]).axes
     assert [text.get_text() for text in top.texts] == ["2 ms · 1.0×", "1 ms · 2.0×"]
     assert [text.get_text() for text in bottom.texts] == ["4 ms · 1.0×", "not timed"]
 
@@ -187,7 +191,7 @@ INTERVALS = pd.DataFrame({"low": [0.5, 1.0], "high": [1.5, 3.0]}, ["a", "b"])
 
 def test_every_trial_is_drawn_at_its_value_with_a_bar_at_the_mean():
     groups = {name: losses_by_value(TRIALS, name) for name in ("x", "k")}
-    panels = plots.losses_by_value(groups).axes
+    panels = panels_by_value(groups).axes
     assert [panel.get_xlabel() for panel in panels] == ["x", "k"]
     for panel, by_value in zip(panels, groups.values(), strict=True):
         assert [label.get_text() for label in panel.get_xticklabels()] == list(by_value)

@@ -1,5 +1,4 @@
 import contextlib
-import gc
 import inspect
 import json
 import signal
@@ -10,6 +9,8 @@ import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 
+from benchmarks.results import result_path
+from helpers.plots import show
 from helpers.run import (
     ROOT,
     Run,
@@ -18,10 +19,7 @@ from helpers.run import (
     digest,
     display_path,
     machine,
-    no_garbage_collection,
     require,
-    result_path,
-    show,
 )
 from helpers.settings import UserError
 
@@ -127,13 +125,6 @@ def test_a_file_that_is_missing_is_named_with_what_makes_it(tmp_path):
         require(tmp_path / "data.pt", "notebook 01")
     (tmp_path / "data.pt").touch()
     require(tmp_path / "data.pt", "notebook 01")
-
-
-def test_garbage_is_collected_again_after_the_block_whatever_ends_it():
-    with contextlib.suppress(KeyError), no_garbage_collection():
-        assert not gc.isenabled()
-        raise KeyError
-    assert gc.isenabled()
 
 
 def test_a_notebook_is_shown_the_very_code_that_runs(monkeypatch):

@@ -18,9 +18,10 @@ from helpers.settings import (
 # The least and the greatest value of each number, as the readers are promised; None: no bound but the type's.
 BOUNDS = {
     "seed": (0, 2**31 - 1), "max_query_words": (1, 1000), "max_response_words": (1, 1000), "min_count": (1, 10**9),
-    "context_words": (0, 1000), "held_out_share": (0.01, 0.4), "embedding_size": (1, 8192), "hidden_size": (1, 8192),
+    "context_words": (0, 1000), "held_out_share": (0.0, 0.4), "embedding_size": (1, 8192), "hidden_size": (1, 8192),
     "layers": (1, 16), "dropout": (0.0, 0.95), "word_dropout": (0.0, 0.95), "query_dropout": (0.0, 0.95),
-    "updates": (0, 10**9), "batch_size": (1, 10**9), "learning_rate": (0.0, 10.0),
+    "strange_queries": (0.0, 0.95), "decline_below": (0.0, 1.0),
+    "updates": (1, 10**9), "batch_size": (1, 10**9), "learning_rate": (0.0, 10.0),
     "decoder_learning_ratio": (0.0, 100.0), "weight_decay": (0.0, 10.0), "clip": (0.0, None),
     "teacher_forcing_ratio": (0.0, 1.0), "warmup_updates": (0, 10**9), "validate_every": (1, 10**9),
     "patience": (0, 10**9),
@@ -56,7 +57,7 @@ both_ways = pytest.mark.parametrize("way", ["constructor", "change"])
 
 
 def test_the_tables_above_have_every_setting():
-    assert sorted([*BOUNDS, *WORDS, *SWITCHES]) == sorted(NAMES)
+    assert sorted([*BOUNDS, *WORDS, *SWITCHES, "marks"]) == sorted(NAMES)
 
 
 @both_ways
@@ -99,9 +100,17 @@ def test_a_whole_number_and_the_text_that_yaml_makes_of_one_are_numbers(way, nam
     for value, expected in (("1e-1", 0.1), ("2e-1", 0.2)):
         taken = getattr(made(way, **{name: value}), name)
         assert (taken, type(taken)) == (expected, float)
-    if name != "held_out_share" and "dropout" not in name:
+    if BOUNDS[name][1] is None or BOUNDS[name][1] >= 1:
         taken = getattr(made(way, **{name: 1}), name)
         assert (taken, type(taken)) == (1.0, float)
+
+
+@both_ways
+def test_marks_are_no_letters_digits_blanks_or_apostrophes(way):
+    for marks in ("", ".!?", "。؟।,;-]^"):
+        assert made(way, marks=marks).marks == marks
+    for marks in ("a", "é", "7", "'", " ", "\n", "\u0301", "<", "&", "." * 65, None, 1, ["."]):
+        refused(way, marks=marks)
 
 
 @both_ways

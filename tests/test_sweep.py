@@ -18,7 +18,6 @@ from helpers.__main__ import main as helpers_main
 from helpers.run import ROOT, Run
 from helpers.settings import Settings, UserError, load_profile
 from helpers.sweep import (
-    agent_run,
     best_settings,
     join_sweep,
     open_study,
@@ -29,7 +28,7 @@ from helpers.sweep import (
     write_profile,
 )
 from tests.conftest import CPU, TINY
-from tools.sweeps import main
+from tools.sweeps import agent_run, main
 
 HEAD = "method: random\nmetric: {name: validation_loss, goal: minimize}\nparameters:\n"
 RATES = HEAD + "  learning_rate: {values: [0.001, 0.01]}\n"
@@ -381,7 +380,7 @@ def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, cap
 )
 def test_bad_input_is_one_sentence(arguments, word, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")  # whatever login there is
-    command = helpers_main if arguments[0] in ("trial", "latency") else main
+    command = helpers_main if arguments[0] == "latency" else main
     assert command([*arguments, "--run", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -14,7 +14,7 @@ from helpers.corpus import read_corpus
 from helpers.evaluation import batch_loss, evaluate
 from helpers.model import new_model
 from helpers.run import Run
-from helpers.settings import NAMES, Settings, UserError
+from helpers.settings import MARKS, NAMES, Settings, UserError
 from helpers.text import PAD
 from helpers.training import (
     Checkpoint,
@@ -24,14 +24,15 @@ from helpers.training import (
     learning_rate,
     load_model,
     new_optimizer,
+    require_own_data,
     training_digest,
 )
 from tests.conftest import CPU, TINY
 
 
-def train(folder, prepared, settings, callback=lambda row: None, resume=True):
+def train(folder, prepared, settings, callback=lambda row: None, resume=True, start=None):
     run = Run(folder)
-    fit(run, prepared, settings, CPU, callback, resume=resume, progress_bar=False)
+    fit(run, prepared, settings, CPU, callback, resume=resume, progress_bar=False, start=start)
     return run
 
 
@@ -89,6 +90,61 @@ def test_a_finished_run_is_not_trained_again(prepared, tmp_path):
     assert set(contents(tmp_path)) == set(before)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_training_goes_on_to_more_updates_as_if_they_had_been_asked_for_at_once(prepared, tmp_path, interrupted):
+    settings = TINY.change(schedule="constant")
+    straight = train(tmp_path / "straight", prepared, settings.change(updates=20))
+    if interrupted:
+        with pytest.raises(InterruptedError):
+            train(tmp_path / "further", prepared, settings, power_cut(8))
+    else:
+        train(tmp_path / "further", prepared, settings)
+    further = train(tmp_path / "further", prepared, settings.change(updates=20, patience=9, validate_every=5))
+    a, b = (Checkpoint.load(run.checkpoint) for run in (straight, further))
+    assert b.progress["update"] == b.settings["updates"] == 20
+    for name, tensor in a.model.items():
+        assert torch.equal(tensor, b.model[name]), name
+
+
+def test_under_a_cosine_more_updates_wait_until_the_training_is_over(prepared, tmp_path):
+    settings = TINY.change(schedule="cosine")
+    with pytest.raises(InterruptedError):
+        train(tmp_path, prepared, settings, power_cut(8))
+    with pytest.raises(UserError, match="updates 12, not 20"):
+        train(tmp_path, prepared, settings.change(updates=20))
+    train(tmp_path, prepared, settings)
+    run = train(tmp_path, prepared, settings.change(updates=20))
+    assert Checkpoint.load(run.checkpoint).progress["update"] == 20
+
+
+def test_a_training_starts_from_the_weights_and_words_of_another(prepared, tmp_path):
+    start = Checkpoint.load(train(tmp_path / "first", prepared, TINY).checkpoint)
+    pairs = [(f"is the shop{i} open", f"yes until {i}") for i in range(30)]
+    (tmp_path / "shop.tsv").write_text("\n".join("\t".join(pair) for pair in pairs))
+    settings = start.shaped(TINY.change(hidden_size=99, updates=1, learning_rate=0, min_count=1))
+    assert settings.hidden_size == TINY.hidden_size
+    data = prepare(read_corpus(tmp_path / "shop.tsv"), settings, start.words())
+    second = train(tmp_path / "second", data, settings, start=start)
+    new, old = Checkpoint.load(second.checkpoint).model, start.best_model
+    assert len(new["embedding.weight"]) == len(data.vocabulary) > len(start.words())
+    for name, tensor in old.items():
+        assert torch.equal(new[name][: len(tensor)], tensor), name
+    assert new["embedding.weight"][len(start.words()) :].std() > 0
+    further = train(tmp_path / "second", data, settings.change(updates=4))
+    assert Checkpoint.load(further.checkpoint).progress["update"] == 4
+    with pytest.raises(UserError, match="does not begin with that"):
+        train(tmp_path / "third", prepare(read_corpus(tmp_path / "shop.tsv"), settings), settings, start=start)
+    with pytest.raises(UserError, match="other shapes"):
+        train(tmp_path / "fourth", data, settings.change(hidden_size=8), start=start)
+
+
+def test_a_checkpoint_beside_other_data_is_told(prepared, corpus_folder, tmp_path):
+    run = train(tmp_path, prepared, TINY)
+    require_own_data(run, prepared)
+    with pytest.raises(UserError, match=r"trained on other data than .*data\.pt"):
+        require_own_data(run, prepare(read_corpus(corpus_folder), TINY.change(seed=2)))
+
+
 # No trained checkpoint is ever lost by accident
 
 
@@ -96,7 +152,7 @@ def test_a_finished_run_is_not_trained_again(prepared, tmp_path):
     ("changes", "named"),
     [
         ({"learning_rate": 1e-3}, "learning_rate 0.005, not 0.001"),
-        ({"updates": 20, "optimizer": "sgd"}, "updates 12, not 20, optimizer 'adam', not 'sgd'"),
+        ({"clip": 2.0, "optimizer": "sgd"}, "optimizer 'adam', not 'sgd', clip 1.0, not 2.0"),
         ({"hidden_size": 8, "tie_weights": False}, "hidden_size 24, not 8, tie_weights True, not False"),
     ],
 )
@@ -188,7 +244,15 @@ def test_what_a_training_depends_on_is_settings_data_and_mathematics_and_no_sour
 
 def another(value):
     """Another value of a setting's type."""
-    words = {"drop": "cut", "unknown": "drop", "general": "dot", "adam": "sgd", "constant": "cosine", "fp32": "bf16"}
+    words = {
+        MARKS: ".",
+        "drop": "cut",
+        "unknown": "drop",
+        "general": "dot",
+        "adam": "sgd",
+        "constant": "cosine",
+        "fp32": "bf16",
+    }
     changed = {
         bool: lambda: not value,
         int: lambda: value + 1,

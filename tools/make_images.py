@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from benchmarks.bench import compared
+from benchmarks.results import latency_figure
 from helpers import plots
 from helpers.chat import Chatbot
 from helpers.run import ROOT, Run
@@ -175,7 +176,7 @@ def from_results() -> dict[str, plt.Figure]:
             {name: compared(found) for name, found in benches.items()}, "times as fast as the textbook way (dashed)"
         ),
         "scale": scale({name: found["scale"] for name, found in benches.items() if "scale" in found}),
-        "latency_table": plots.latency(classic),
+        "latency_table": latency_figure(classic),
     }
 
 

@@ -48,14 +48,9 @@ NOTEBOOKS = {
     "solutions": (["03_training"], ""),
 }
 NUMBERED = [name for name in NOTEBOOKS if name[0] == "0"]
-PROFILES = [path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml")]
+PROFILES = ["auto", *(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml"))]
 BUSY = "another make is at work on runs/{}; wait for its end."
 CORPORA = ["sample", "cornell"]
-
-
-def default_profile(corpus: str) -> str:
-    """The profile of a corpus where PROFILE names none."""
-    return "sample" if corpus == "sample" else "cornell"
 
 
 def located(name: str, known: list[str]) -> str:
@@ -101,7 +96,12 @@ class Series:
                 rest = "choose another RUN, or start over with FRESH=1 (the checkpoint is kept under another name)."
                 refuse(f"{made}. Leave {key.upper()} out, {rest}")
         corpus = wanted["corpus"] or "sample"
-        usual = {"corpus": corpus, "profile": default_profile(corpus), "device": "auto", "params": ""}
+        usual = {
+            "corpus": corpus,
+            "profile": "auto",
+            "device": "auto",
+            "params": "",
+        }  # auto: what is meant for the corpus
         chosen = {key: value for key, value in wanted.items() if value}
         self.own = own or usual | chosen
         self.settings = usual | own | chosen if measuring else self.own
@@ -122,9 +122,10 @@ class Series:
         """What each notebook would be made from now."""
         if self.settings["corpus"] not in CORPORA and not Path(self.settings["corpus"]).exists():
             refuse(f"the corpus of runs/{self.name}, {self.settings['corpus']}, is not there any more.")
-        paths = [self.settings["corpus"], ROOT / "notebooks" / "profiles" / (self.settings["profile"] + ".yaml")]
+        profile, profiles = self.settings["profile"], ROOT / "notebooks" / "profiles"
+        paths = [self.settings["corpus"], profiles if profile == "auto" else profiles / (profile + ".yaml")]
         paths[0] = ROOT / "corpora" / "sample" if paths[0] == "sample" else Path(paths[0])  # cornell is held by its sum
-        paths[1] = paths[1] if paths[1].is_file() else Path(self.settings["profile"])
+        paths[1] = paths[1] if paths[1].exists() else Path(profile)
         yardsticks, found = contents(ROOT / "benchmarks"), {}
         common = digest(contents(ROOT / "helpers", *(ROOT / "notebooks").glob("*.yaml")), contents(*paths))
         for name, (needs, _) in NOTEBOOKS.items():
@@ -143,7 +144,9 @@ class Series:
             self.save()
             stale = [name for name in names if self.done.get(name) != now[name] or not self.notebook(name).is_file()
                      or not (self.folder / NOTEBOOKS[name][1]).exists()]  # fmt: skip
-            small = jobs() > 1 or corpus == self.settings["profile"] == "sample"  # one thread is as fast
+            small = jobs() > 1 or (
+                corpus == "sample" and self.settings["profile"] in ("auto", "sample")
+            )  # one thread is as fast
             self.run(stale, now, {"OMP_NUM_THREADS": "1"} if small else {})
 
     def measure(self, name: str) -> None:
@@ -344,7 +347,7 @@ def show_help() -> None:
     for name, target in TARGETS.items():
         print(f"  make {name:<13} {target.__doc__}")
     print("""
-  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=sample|cornell|classic|FILE  DEVICE=auto|cpu|cuda
+  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=auto|sample|own|cornell|classic|FILE  DEVICE=auto|cpu|cuda
   PARAMS="-p name value" reaches the notebooks; FRESH=1 starts a run over and keeps its checkpoint under another name;
   PYTHON=python3.12 makes the environment with that; PYTHON=python3 VENV= uses that interpreter as it is.""")
 

@@ -1,6 +1,6 @@
 """A sweep's commands: by W&B's server and its agents with an account, by Optuna without; `make sweep` calls them.
 
-python -m tools.sweeps sweep FILE --run DIR …  |  sweep-worker ID --run DIR …  |  best ID --run DIR
+python -m tools.sweeps sweep FILE --run DIR …  |  sweep-worker ID --run DIR …  |  best ID --run DIR  |  trial
 """
 
 import argparse
@@ -10,31 +10,35 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
+import torch
 import wandb
 from wandb.sdk.lib import wbauth
 
-from helpers.batches import prepare
+from helpers.batches import Prepared, prepare
 from helpers.corpus import read_corpus
 from helpers.run import Run, choose_device, display_path
 from helpers.settings import NAMES, Settings, UserError, load_profile, parse_changes, user_errors
 from helpers.sweep import (
     LOSS,
-    SAME,
-    agent_run,
+    OWN_FAILURES,
+    config,
     join_sweep,
     open_study,
     read_sweep,
     run_sweep,
+    train_trial,
     write_profile,
     write_settings,
 )
-from helpers.tracking import PROJECT, check_mode
+from helpers.tracking import PROJECT, Stopped, Tracker, check_mode
 from helpers.training import training_digest
 
 # What an agent calls for each trial, where the sweep's file has no command of its own.
-COMMAND = ["${env}", "${interpreter}", "-m", "helpers", "trial", "${args_no_hyphens}"]
+COMMAND = ["${env}", "${interpreter}", "-m", "tools.sweeps", "trial", "${args_no_hyphens}"]
+SAME = "Give the CORPUS and PROFILE that 'make sweep' printed."
 
 
 def usual_mode() -> str:
@@ -54,7 +58,7 @@ def create_sweep(spec: dict, data: str) -> str:
     """Register a sweep, whose trials train on the data of this digest or not at all.
     Returns its path, `[entity/]project/id`. Raises UserError if W&B refuses."""
     entity, project = spec.get("entity"), spec.get("project", PROJECT)
-    spec = {"program": "helpers"} | spec | {"command": [*(spec.get("command") or COMMAND), "--data", data]}
+    spec = {"program": "tools.sweeps"} | spec | {"command": [*(spec.get("command") or COMMAND), "--data", data]}
     with user_errors("W&B did not take the sweep", "Mend that, or add --wandb offline.", wandb.Error, ValueError):
         return "/".join(filter(None, [entity, project, wandb.sweep(spec, project=project, entity=entity)]))
 
@@ -158,6 +162,39 @@ def best(options: argparse.Namespace) -> None:
     print(f"{display_path(target)}: train it with --profile {display_path(target)}")
 
 
+def agent_run(folder: Path, sweep: str) -> Run:
+    """The run within a sweep's folder that holds the data of one W&B sweep; its trials' folders lie beside them."""
+    return Run(folder / "online" / sweep.rpartition("/")[2])
+
+
+def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device, data: str) -> None:
+    """One trial of a W&B sweep, on the sweep's prepared data, in a folder named by W&B's run.
+    What its own settings bring about fails at W&B and does not end the agent; SIGTERM is the agent's early stop.
+    Raises UserError if the data or the settings that it starts from have another digest than the sweep's."""
+    here = agent_run(run.folder, os.environ.get("WANDB_SWEEP_ID", "agents"))
+    prepared, name = Prepared.load(here.data), os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
+    if data and training_digest(prepared.settings, prepared) != data:
+        raise UserError(f"{display_path(here.data)} is not what this sweep trains on. {SAME}")
+    settings, folder = prepared.settings.change(**changes), Run(here.folder / name)
+    try:
+        with Tracker(tracking, folder.folder, config(settings, prepared)) as tracker:
+            signal.signal(signal.SIGTERM, tracker.stop)
+            said = f"{LOSS} {train_trial(folder, prepared, settings, device, tracker.log):.4f}"
+    except (Stopped, *OWN_FAILURES) as error:
+        said = str(error)
+    print(f"{said}: {display_path(folder.folder)}")
+
+
+def trial(options: argparse.Namespace) -> None:
+    """Train one trial from the sweep's prepared data, in a folder of its own: what a W&B agent calls."""
+    try:
+        agent_trial(options.run, parse_changes(options.set), options.wandb, options.device, options.data)
+    except Exception as error:
+        if "CHATBOT_FAILED" in os.environ:  # the agent of `run_agent`, which passes no status on
+            Path(os.environ["CHATBOT_FAILED"]).write_text(str(error), encoding="utf-8")
+        raise
+
+
 def settings_of(options: argparse.Namespace) -> Settings:
     return load_profile(options.profile).change(**parse_changes(options.set))
 
@@ -189,6 +226,13 @@ def parser() -> argparse.ArgumentParser:
             added.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
             modes = "off, offline or online; without it, online where there is a login"
             added.add_argument("--wandb", type=check_mode, help=modes)
+    one = commands.add_parser("trial", help=trial.__doc__, description=trial.__doc__)
+    one.set_defaults(command=trial, storage="", device=os.environ.get("CHATBOT_DEVICE", "auto"))
+    one.add_argument("--run", type=Run, metavar="DIR", default=os.environ.get("CHATBOT_RUN", "runs/sweep"))
+    one.add_argument("--device", type=choose_device, default=one.get_default("device"))
+    one.add_argument("--data", default="", help="the digest of what the sweep trains on")
+    one.add_argument("--wandb", type=check_mode, default="online")
+    one.add_argument("set", nargs="*", metavar="name=value", help="settings to change")
     return whole
 
 
