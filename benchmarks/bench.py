@@ -41,7 +41,7 @@ from helpers.evaluation import evaluate
 from helpers.model import Seq2Seq, new_model
 from helpers.profiling import machine_peaks
 from helpers.run import choose_device, machine, products, seconds, write_json
-from helpers.settings import Settings, UserError, load_profile
+from helpers.settings import Settings, UserError, command_line, load_profile
 from helpers.text import PAD, Vocabulary
 
 LINES = (30_000, 304_713, 3_000_000)  # the middle one is the whole Cornell corpus's number
@@ -355,20 +355,16 @@ def _with_memory(function: Callable, arguments: tuple) -> tuple:
         return result, math.nan
 
 
-def main() -> int:
+@command_line
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; DEVICE in it is replaced")
     options = parser.parse_args()
-    try:
-        device = choose_device(options.device)
-        found = bench(device)
-        if options.json:
-            write_json(Path(str(options.json).replace("DEVICE", result_path("", found["machine"]).stem[1:])), found)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    device = choose_device(options.device)
+    found = bench(device)
+    if options.json:
+        write_json(Path(str(options.json).replace("DEVICE", result_path("", found["machine"]).stem[1:])), found)
 
 
 if __name__ == "__main__":

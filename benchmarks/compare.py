@@ -31,7 +31,7 @@ from helpers.evaluation import (
     score,
 )
 from helpers.run import ROOT, Run, choose_device, machine, write_json
-from helpers.settings import UserError, load_profile
+from helpers.settings import command_line, load_profile
 from helpers.text import EOS
 from helpers.training import fit
 
@@ -150,26 +150,22 @@ def measure_context(name: str, corpus, device: torch.device) -> dict:
     return result | {"test exchanges": len(test), "follow-ups": len(part)}
 
 
-def main() -> int:
+@command_line
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="cornell, or a zip, folder or jsonl")
+    parser.add_argument("--corpus", required=True, help="sample, cornell, or a path")
     parser.add_argument("--context", action="store_true", help="measure what the line before is worth instead")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
     name = Path(options.corpus).stem
     kind, measured = ("context", measure_context) if options.context else ("compare", measure)
-    try:
-        result = measured(name, read_corpus(options.corpus), choose_device(options.device))
-        write_json(ROOT / "results" / f"{kind}-{name}.json", result)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    result = measured(name, read_corpus(options.corpus), choose_device(options.device))
+    write_json(ROOT / "results" / f"{kind}-{name}.json", result)
     for model, entry in result["models"].items():
         print(model)
         for figure in ("short", "all", "follow-ups", "choice of ten", "decoders"):
             if figure in entry:
                 print(f"    {figure}: {entry[figure]}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from helpers.deploy import load_scripted, save_scripted, script
 from helpers.evaluation import evaluate
 from helpers.model import Seq2Seq, new_model
 from helpers.run import ROOT, Run, choose_device, machine, write_json
-from helpers.settings import Settings, UserError, load_profile
+from helpers.settings import Settings, UserError, command_line, load_profile
 from helpers.training import Trainer, load_model
 
 # Of how many seconds a stage may take, in order of worth.
@@ -376,6 +376,7 @@ def collect(out: Path, kind: str, ended: dict) -> None:
     write_json(out / f"gpu-{kind}.json", {"stages": ended} | found)
 
 
+@command_line
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, … or cpu for a rehearsal")
@@ -388,20 +389,16 @@ def main() -> int:
     if options.corpus not in ("sample", "cornell"):
         options.corpus = str(Path(options.corpus).resolve())
     options.out = options.out.resolve()
-    try:
-        if options.stage:
-            STAGES[options.stage](Stage(options.stage, options.device, options.corpus, options.out))
-            return 0
-        choose_device(options.device)
-        options.out.mkdir(parents=True, exist_ok=True)
-        for path in options.out.glob("stage-*.json"):
-            path.unlink()
-        ended = in_order(options)
-        failed = failures(options.out, options.device.partition(":")[0])
-        print("\n".join(failed) or "no check failed")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if options.stage:
+        STAGES[options.stage](Stage(options.stage, options.device, options.corpus, options.out))
+        return 0
+    choose_device(options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path in options.out.glob("stage-*.json"):
+        path.unlink()
+    ended = in_order(options)
+    failed = failures(options.out, options.device.partition(":")[0])
+    print("\n".join(failed) or "no check failed")
     return int(bool(failed) or not all(how.startswith("done") for how in ended.values()))
 
 

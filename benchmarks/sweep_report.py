@@ -25,7 +25,7 @@ from helpers.evaluation import evaluate
 from helpers.importance import importance, shares_of
 from helpers.model import new_model
 from helpers.run import Run, choose_device, machine, write_json, write_text
-from helpers.settings import Settings, UserError
+from helpers.settings import Settings, command_line
 from helpers.sweep import LOSS, best_settings, open_study, space_of, train_trial, trial_table
 
 
@@ -152,7 +152,8 @@ def _records(table: pd.DataFrame) -> list[dict]:
     return json.loads(table.to_json(orient="records", double_precision=6))
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command_line
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", help="the sweep's id")
     parser.add_argument("--run", type=Path, required=True, help="the folder of its run")
@@ -161,13 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of the comparison with the starting point")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args(arguments)
-    try:
-        study = open_study(Run(options.run), options.sweep, options.storage)
-        report(study, Run(options.run), options.results, options.seeds, choose_device(options.device))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    study = open_study(Run(options.run), options.sweep, options.storage)
+    report(study, Run(options.run), options.results, options.seeds, choose_device(options.device))
 
 
 if __name__ == "__main__":

@@ -4,31 +4,21 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
 from helpers.run import Run, choose_device, display_path, write_json
-from helpers.settings import Settings, UserError, load_profile, parse_changes, user_errors
+from helpers.settings import Settings, UserError, command_line, load_profile, parse_changes, user_errors
 from helpers.tracking import check_mode
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. What the user can put right ends in one sentence, not a traceback."""
-    try:
-        options = _parser().parse_args(arguments)
-        options.command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone: a normal end for a filter
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+@command_line
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command."""
+    options = _parser().parse_args(arguments)
+    options.command(options)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -94,11 +84,20 @@ def score(options: argparse.Namespace) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    """Answer each line of the input."""
-    from helpers.chat import Chatbot
+    """Answer each line of the input, in a terminal or in a pipe."""
+    from helpers.chat import LONGEST_LINE, Chatbot
 
+    bot, lines = Chatbot.load(options.run, options.device), _bounded(sys.stdin, LONGEST_LINE)
+    bot.search(options.decoder)  # a wrong name is refused before the first line is read
+    sys.stdin.reconfigure(errors="replace", newline="\n")  # a lone carriage return ends no line
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # a Python without it has no history, and else works
+            import readline  # noqa: F401, gives input() arrow keys and a history
+        print("Talk to the bot. /help shows what to ask, /attention what it looked at last; /quit or Ctrl-D ends.")
+        lines = iter(functools.partial(input, "> "), None)
     choices = {name: getattr(options, name) for name in ("decoder", "seed", "raw", "min_words")}
-    terminal(Chatbot.load(options.run, options.device), count=options.replies, **choices)
+    with contextlib.suppress(EOFError):
+        converse(bot, lines, sys.stdout, count=options.replies, **choices)
 
 
 def converse(bot, lines: Iterable[str], out: TextIO, seed: int = 0, raw: bool = False, **choices) -> None:
@@ -126,21 +125,6 @@ def heat_map(bot, reply) -> str:
     return pd.DataFrame((100 * weights).round().int().numpy(), words, query).to_string()
 
 
-def terminal(bot, **choices) -> None:
-    """Talk in a terminal, or in a pipe when the input is none; `choices` are those of `converse`."""
-    from helpers.chat import LONGEST_LINE
-
-    bot.search(choices["decoder"])  # a wrong name is refused before the first line is read
-    sys.stdin.reconfigure(errors="replace", newline="\n")  # a lone carriage return ends no line
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):  # a Python without it has no history, and else works
-            import readline  # noqa: F401, gives input() arrow keys and a history
-        print("Talk to the bot. /help shows what to ask, /attention what it looked at last; /quit or Ctrl-D ends.")
-    lines = iter(functools.partial(input, "> "), None) if sys.stdin.isatty() else _bounded(sys.stdin, LONGEST_LINE)
-    with contextlib.suppress(EOFError):
-        converse(bot, lines, sys.stdout, **choices)
-
-
 def _bounded(file: TextIO, longest: int) -> Iterable[str]:
     """The lines of a file, of a very long one its end, in constant memory."""
     while line := file.readline(longest):
@@ -161,8 +145,8 @@ def latency(options: argparse.Namespace) -> None:
         write_json(options.json, result)
 
 
-def _count(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or not least <= int(text[:10]) <= 10**9 or len(text) > 10:
+def count(text: str, least: int = 1) -> int:
+    if not (text.isdecimal() and len(text) <= 10 and least <= int(text) <= 10**9):
         raise UserError(f"{text[:40]!r} is not a number from {least} to 1,000,000,000.")
     return int(text)
 
@@ -198,10 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     begin.add_argument("--fresh", action="store_true", help="start over; a checkpoint there is kept under another name")
     command(score).add_argument("pairs", type=Path, metavar="PAIRS.tsv", help="lines of query, tab, response")
     command(latency).add_argument("--json", type=_file, metavar="FILE", help="write the figures here too")
-    talking, number = command(chat), functools.partial(_count, least=0)
+    talking, number = command(chat), functools.partial(count, least=0)
     talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
     talking.add_argument("--seed", type=number, default=0, metavar="N", help="of mmi and sampling")
-    talking.add_argument("--replies", type=_count, default=1, metavar="N", help="how many at most, a tab between two")
+    talking.add_argument("--replies", type=count, default=1, metavar="N", help="how many at most, a tab between two")
     talking.add_argument("--min-words", type=number, default=0, metavar="N", help="that a reply has at least")
     talking.add_argument("--raw", action="store_true", help="print the model's own words, not as people spell")
     return parser

@@ -55,9 +55,9 @@ class Chatbot:
         *, count: int = 1, min_words: int = 0,
     ) -> list[Reply]:  # fmt: skip
         """At most `count` different answers to any text, the best first; what holds no word gets a kind one.
-        Without a decoder's name the recommended one is used. `before` is the bot's last reply, which a model trained
-        with `context_words` reads too. `seed` counts for mmi and sampling, `temperature` for sampling. Where the best
-        reply is less probable than the setting `decline_below`, the bot says that it does not know.
+        `decoder` is one of `decoders`, or empty for the recommended one; `before` the bot's last reply, which a model
+        trained with `context_words` reads too. `seed` counts for mmi and sampling, `temperature` for sampling. Where
+        the best reply is less probable than the setting `decline_below`, the bot says that it does not know.
         Raises UserError for a decoder that is not there, and for a temperature below 0."""
         query = self.vocabulary.tokenise(text[-LONGEST_LINE:])[-self.settings.max_query_words :]
         search = self.search(decoder, seed, temperature, count)

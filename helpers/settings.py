@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import os
 import reprlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +37,23 @@ def user_errors(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[Non
         text = "" if isinstance(error, LookupError) else str(error).strip()  # a KeyError's text is the key alone
         reason = text or repr(error)
         raise UserError(f"{what} ({reason.splitlines()[0][:200]}). {remedy}") from None
+
+
+def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
+    """A command, which then returns its exit status. What the user can put right ends in one sentence, no traceback."""
+
+    def ended(*arguments) -> int:
+        try:
+            return main(*arguments) or 0
+        except (UserError, KeyboardInterrupt) as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            print(f"\n{str(error) or 'stopped'}" if stopped else f"error: {error}", file=sys.stderr)
+            return 130 if stopped else 1
+        except BrokenPipeError:  # the reader of our output has gone: a normal end for a filter
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    return ended
 
 
 def number(value):

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from helpers import corpus as corpus_module
-from helpers.corpus import download, read_corpus
+from helpers.corpus import SMALL, download, read_corpus
 from helpers.run import ROOT
 from helpers.settings import UserError
 
@@ -406,10 +406,12 @@ def test_lines_are_numbered_from_one():
 
 
 def test_every_file_that_the_page_on_own_dialogue_shows_is_read(tmp_path):
-    page = (ROOT / "docs" / "own_dialogue.md").read_text(encoding="utf-8").partition("## What becomes of it")[0]
+    whole = (ROOT / "docs" / "own_dialogue.md").read_text(encoding="utf-8")
+    page = whole.partition("## What becomes of it")[0]
     texts = re.findall(r"\n```\n(.*?)\n```", page, re.DOTALL)
     kinds = ["shop.tsv", "shop.csv", "talk.txt", "shop.jsonl", "utterances.jsonl"]
     assert all(f"`{name}`" in page for name in kinds)
+    assert f"{SMALL:,} exchanges" in whole
     for name, text in zip(kinds, texts, strict=True):
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert len(read_corpus(tmp_path / name).exchanges) >= 2, name

@@ -30,13 +30,14 @@ def talker(request, tmp_path_factory):
 
 
 def test_every_own_question_gets_its_own_answer(talker):
-    _, exchanges, bot = talker
+    language, exchanges, bot = talker
     right = [bot.reply(e.query).words == bot.vocabulary.tokenise(e.response) for e in exchanges]
+    print(f"{language}: {sum(right)} of {len(right)} own questions answered")
     assert sum(right) >= 0.95 * len(right), right
 
 
 def test_a_word_less_more_or_misspelt_changes_nothing(talker):
-    _, exchanges, bot = talker
+    language, exchanges, bot = talker
     right, luck = [], random.Random(1)
     for exchange in exchanges:
         words, wanted = bot.vocabulary.tokenise(exchange.query), bot.vocabulary.tokenise(exchange.response)
@@ -49,6 +50,7 @@ def test_a_word_less_more_or_misspelt_changes_nothing(talker):
             [*words[:place], words[place] + "x", *words[place + 1 :]],
         ):
             right.append(bot.reply(" ".join(changed)).words == wanted)
+    print(f"{language}: {sum(right)} of {len(right)} with a word less, more or misspelt")
     assert sum(right) >= 0.8 * len(right), (sum(right), len(right))
 
 
@@ -65,21 +67,27 @@ def test_a_mark_more_or_less_at_the_end_changes_nothing(talker):
 def test_other_questions_are_declined_with_examples_of_what_is_known(talker):
     language, _, bot = talker
     path = Path(__file__).parent / "own" / f"{language}_strange.txt"
-    if not path.is_file():
-        pytest.skip("no strange questions are written in this language")
     strange = path.read_text(encoding="utf-8").splitlines()
     replies = [bot.reply(question) for question in strange]
     declined = [reply for reply in replies if not reply.words]
+    print(f"{language}: {len(declined)} of {len(strange)} strange questions declined")
     assert len(strange) == 20
     assert len(declined) >= 16, [(q, r.text) for q, r in zip(strange, replies, strict=True) if r.words]
     assert all(any(example in reply.text for example in bot.examples) for reply in declined)
     assert len(bot.examples) == 6
 
 
+WRITTEN = {
+    "german": ("Wo wohnst du?", "Ich wohne in der Gießener Straße."),
+    "russian": ("Где ты живёшь?", "Я живу в Казани."),
+    "chinese": ("你会做什么？", "我会回答问题。"),
+    "hindi": ("तुम्हारा नाम क्या है?", "मेरा नाम लता है।"),
+    "arabic": ("ما اسمك؟", "اسمي ليلى."),
+    "japanese": ("何歳ですか？", "三歳です。"),
+}
+
+
 def test_words_come_back_as_they_are_written(talker):
     language, _, bot = talker
-    if language == "german":
-        assert bot.reply("Wie heißt du?").text == "Ich heiße Lotte."
-        assert bot.reply("Wo wohnst du?").text == "Ich wohne in der Gießener Straße."
-    if language == "japanese":
-        assert bot.reply("何歳ですか？").text == "三歳です。"
+    question, answer = WRITTEN[language]
+    assert bot.reply(question).text == answer

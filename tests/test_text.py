@@ -55,7 +55,7 @@ def test_spelling_restores_blanks_and_marks_of_any_script(text):
     assert spell(tokenise(text)) == text
 
 
-@pytest.mark.parametrize("marks", ["", ",", ".,-]^", "&&--||~~"[:2].replace("&", ";")])
+@pytest.mark.parametrize("marks", ["", ",", ".,-]^", ";!", "--&&"])
 def test_the_marks_that_count_are_the_readers_choice(marks):
     assert tokenise("a,b-c].d^e;f!", marks) == [c for c in "a,b-c].d^e;f!" if c.isalpha() or c in marks]
 

@@ -20,7 +20,7 @@ from benchmarks.results import latency_figure
 from helpers import plots
 from helpers.chat import Chatbot
 from helpers.run import ROOT, Run
-from helpers.settings import UserError
+from helpers.settings import UserError, command_line
 from tools.readme_tables import measured, result, times
 
 IMAGES = ROOT / "images"
@@ -191,19 +191,15 @@ def from_run(run: Run) -> dict[str, plt.Figure]:
     }
 
 
-def main() -> int:
+@command_line
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="the run whose training and attention are drawn")
     options = parser.parse_args()
     plots.style()
-    try:
-        figures = from_results() | (from_run(Run(Path(options.run))) if options.run else {})
-        for name, figure in figures.items():
-            plots.save(figure, IMAGES / f"{name}.png")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    figures = from_results() | (from_run(Run(Path(options.run))) if options.run else {})
+    for name, figure in figures.items():
+        plots.save(figure, IMAGES / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -96,12 +96,7 @@ class Series:
                 rest = "choose another RUN, or start over with FRESH=1 (the checkpoint is kept under another name)."
                 refuse(f"{made}. Leave {key.upper()} out, {rest}")
         corpus = wanted["corpus"] or "sample"
-        usual = {
-            "corpus": corpus,
-            "profile": "auto",
-            "device": "auto",
-            "params": "",
-        }  # auto: what is meant for the corpus
+        usual = {"corpus": corpus, "profile": "auto", "device": "auto", "params": ""}
         chosen = {key: value for key, value in wanted.items() if value}
         self.own = own or usual | chosen
         self.settings = usual | own | chosen if measuring else self.own
@@ -139,15 +134,14 @@ class Series:
 
     def update(self, names: list[str] = NUMBERED) -> None:
         """Run those notebooks that are stale."""
-        corpus, now = self.settings["corpus"], self.digests()
+        now = self.digests()
         with locked(self.folder / ".series.lock", BUSY.format(self.name)):
             self.save()
             stale = [name for name in names if self.done.get(name) != now[name] or not self.notebook(name).is_file()
                      or not (self.folder / NOTEBOOKS[name][1]).exists()]  # fmt: skip
-            small = jobs() > 1 or (
-                corpus == "sample" and self.settings["profile"] in ("auto", "sample")
-            )  # one thread is as fast
-            self.run(stale, now, {"OMP_NUM_THREADS": "1"} if small else {})
+            # Of the embedded corpus's small model one thread is as fast as two.
+            small = self.settings["corpus"] == "sample" and self.settings["profile"] in ("auto", "sample")
+            self.run(stale, now, {"OMP_NUM_THREADS": "1"} if small or jobs() > 1 else {})
 
     def measure(self, name: str) -> None:
         """Run one notebook with its whole tables, on the run as it is and with all threads."""
@@ -205,6 +199,7 @@ def run_all() -> None:
 
 def test() -> None:
     """lint, unit tests, run-all, committed notebooks against their outputs"""
+    os.environ["MAKEFLAGS"] = "-j2"  # as the unit tests are two at once
     for target in (lint, unit, run_all, check):
         target()
 
@@ -227,14 +222,16 @@ def check() -> None:
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(series.folder, Path(copy, "sample"))
         nbval = ["--nbval", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "--nbval-cell-timeout", "900"]
-        call("-m", "pytest", *nbval, "-p", "no:cacheprovider", "notebooks", CHATBOT_RUNS=copy)
+        two = ["-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+        longest_first = [f"notebooks/{name}.ipynb" for name in reversed(NOTEBOOKS)]
+        call("-m", "pytest", *two, *nbval, *longest_first, CHATBOT_RUNS=copy, OMP_NUM_THREADS="1")
         checks = [f"tests/check_{what}.py" for what in ("run", "browser", "gpu")]
         call("-m", "pytest", *checks, CHATBOT_RUNS=copy)
 
 
 def soak() -> None:
-    """the long series: kills and resumes, mutated files and lines, notebooks mistreated"""
-    tests = [f"tests/test_{what}.py" for what in ("faults", "hostile", "notebooks")]
+    """the long series: kills and resumes, mutated files and lines, notebooks mistreated, six languages"""
+    tests = [f"tests/test_{what}.py" for what in ("faults", "hostile", "notebooks", "own")]
     call("-m", "pytest", "-s", *tests, CHATBOT_SOAK="1")
 
 
@@ -320,9 +317,8 @@ def wheelhouse() -> None:
 def lab() -> None:
     """JupyterLab at notebook 01; LABFLAGS="--no-browser --allow-root …" are handed on"""
     user = {name: os.environ[name] for name in ("IPYTHONDIR",) if name in os.environ}
-    start = (
-        "--LabApp.default_url=/lab/tree/notebooks/01_data_preparation.ipynb"  # as a file's name it would be the root
-    )
+    # As the name of a file it would make that file's folder the root.
+    start = "--LabApp.default_url=/lab/tree/notebooks/01_data_preparation.ipynb"
     call("-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", start, *shlex.split(given("LABFLAGS")), **user)
 
 

@@ -17,10 +17,11 @@ import torch
 import wandb
 from wandb.sdk.lib import wbauth
 
+from helpers.__main__ import count
 from helpers.batches import Prepared, prepare
 from helpers.corpus import read_corpus
 from helpers.run import Run, choose_device, display_path
-from helpers.settings import NAMES, Settings, UserError, load_profile, parse_changes, user_errors
+from helpers.settings import NAMES, Settings, UserError, command_line, load_profile, parse_changes, user_errors
 from helpers.sweep import (
     LOSS,
     OWN_FAILURES,
@@ -199,12 +200,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return load_profile(options.profile).change(**parse_changes(options.set))
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{text!r} is not a number from 1 on.")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="python -m tools.sweeps", description=__doc__)
     commands = whole.add_subparsers(required=True, metavar="command")
@@ -236,20 +231,13 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. What the user can put right ends in one sentence, not a traceback."""
-    try:
-        options = parser().parse_args(arguments)
-        if options.storage:  # W&B keeps the arguments and uploads them; the URL may hold a password
-            sys.argv[:] = [word.replace(options.storage, "...") for word in sys.argv]
-        options.command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
-        return 130
-    return 0
+@command_line
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command."""
+    options = parser().parse_args(arguments)
+    if options.storage:  # W&B keeps the arguments and uploads them; the URL may hold a password
+        sys.argv[:] = [word.replace(options.storage, "...") for word in sys.argv]
+    options.command(options)
 
 
 if __name__ == "__main__":
