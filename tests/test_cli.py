@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_bytes_that_are_no_text_do_not_stop_the_chat(trained_by_command):
 
 
 def test_a_reader_that_goes_away_ends_the_chat_quietly(trained_by_command):
-    command = f"yes hello | {sys.executable} -m helpers chat --run {trained_by_command} | head -2"
+    command = f"yes hello | {shlex.quote(sys.executable)} -m helpers chat --run {trained_by_command} | head -2"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert len(done.stdout.splitlines()) == 2
     assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -536,11 +537,11 @@ def test_a_long_pipe_takes_constant_memory(trained):
 
 def test_a_line_of_many_megabytes_takes_no_more_memory_than_a_short_one(trained):
     many = 250 if SOAK else 50
-    line = f"{sys.executable} -c \"import sys; [sys.stdout.write('hello ' * 200_000) for _ in range({many})]; print()\""
-    peaks = []
+    python, peaks = shlex.quote(sys.executable), []
+    line = f"{python} -c \"import sys; [sys.stdout.write('hello ' * 200_000) for _ in range({many})]; print()\""
     for source in ("echo hello", line):
         measured = f"import sys; from helpers.__main__ import main; main(sys.argv[1:]); print({PEAK})"
-        command = f'{source} | {sys.executable} -c "{measured}" chat --run {trained.folder}'
+        command = f'{source} | {python} -c "{measured}" chat --run {trained.folder}'
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
         reply, peak = done.stdout.splitlines()
         assert reply
