@@ -19,17 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.replies import commonest_reply, reply_metrics
+from benchmarks.replies import commonest_reply, replies_of, reply_metrics
 from helpers.batches import Pairs, Prepared, prepare
 from helpers.chat import Chatbot
 from helpers.corpus import read_corpus
 from helpers.decoding import mutual_information
-from helpers.evaluation import (
-    evaluate,
-    log_probability,
-    replies_of,
-    score,
-)
+from helpers.evaluation import evaluate, log_probability, score
 from helpers.run import ROOT, Run, choose_device, machine, write_json
 from helpers.settings import command_line, load_profile
 from helpers.text import EOS

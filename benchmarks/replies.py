@@ -1,10 +1,30 @@
-"""What replies are measured by."""
+"""The replies to all queries of a split, and what they are measured by."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import sacrebleu
+from torch import Tensor
 
-from helpers.evaluation import Words
+from helpers.batches import Pairs
+from helpers.evaluation import BATCH
+from helpers.model import Seq2Seq
+from helpers.text import Vocabulary
+
+Words = list[str]
+
+
+def replies_of(
+    model: Seq2Seq, pairs: Pairs, vocabulary: Vocabulary, max_words: int, search: Callable[..., Tensor]
+) -> list[Words]:
+    """The words that a decoder, search(model, query, lengths, max_words), gives to each query, in their order."""
+    replies: list[Words] = [[] for _ in range(len(pairs))]
+    for indices in pairs.order().split(BATCH):
+        batch = pairs.batch(indices)
+        ids = search(model, batch.query, batch.query_lengths, max_words)
+        for index, row in zip(indices.tolist(), ids.tolist(), strict=True):
+            replies[index] = vocabulary.decode(row)
+    return replies
 
 
 def reply_metrics(replies: list[Words], references: list[Words]) -> dict[str, float]:

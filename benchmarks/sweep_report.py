@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
+import yaml
 from scipy import stats
 
 from helpers import plots
@@ -150,6 +152,20 @@ def _records(table: pd.DataFrame) -> list[dict]:
     if not isinstance(table.index, pd.RangeIndex):
         table = table.reset_index(names="parameter")
     return json.loads(table.to_json(orient="records", double_precision=6))
+
+
+def write_profile(path: Path, study: optuna.Study) -> None:
+    """The best settings as a profile, to train with `--profile PATH`."""
+    settings, best = best_settings(study), study.best_trial
+    head = f"{len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}"
+    write_settings(path, settings, best.params, f"{head}, {LOSS} {best.value:.4f}")
+
+
+def write_settings(path: Path, best: Settings, chosen: Iterable[str], what: str) -> None:
+    """A profile of what is `chosen` or no default, with a word of what it is the best of."""
+    settings, defaults = best.to_dict(), Settings().to_dict()
+    settings = {name: value for name, value in settings.items() if name in chosen or value != defaults[name]}
+    write_text(path, f"# The best of {what}.\n{yaml.safe_dump(settings, sort_keys=False)}")
 
 
 @command_line

@@ -8,7 +8,7 @@
     corpus       the files of a corpus to exchanges, query and response                  01
     batches      exchanges to splits, vocabulary and padded batches                      01
     model        encoder, attention (which masks padding) and decoder                    02
-    evaluation   the loss, likelihood, and the replies to many queries                   03, 04
+    evaluation   the loss, and the likelihood of given responses                         03, 04
     training     one update, the loop around it, checkpoints, resuming                   03
     decoding     logits to words: greedy, beam, sampling, mutual information             04
     chat         text in, reply out; in a terminal and in a notebook                     04

@@ -1,8 +1,7 @@
-"""The loss, the likelihood of given responses, and the replies to all queries of a split."""
+"""The loss, and the likelihood of given responses."""
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from helpers.settings import UserError
 from helpers.text import PAD, SOS, UNK, Vocabulary
 
 BATCH = 64  # examples that are evaluated at once
-Words = list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +101,3 @@ def log_probability(model: Seq2Seq, query: Tensor, lengths: Tensor, replies: Ten
         logits = model(query[rows], lengths[rows], inputs).float().transpose(1, 2)
         totals.append(-functional.cross_entropy(logits, targets, ignore_index=PAD, reduction="none").sum(1))
     return torch.cat(totals)
-
-
-def replies_of(
-    model: Seq2Seq, pairs: Pairs, vocabulary: Vocabulary, max_words: int, search: Callable[..., Tensor]
-) -> list[Words]:
-    """The words that a decoder, search(model, query, lengths, max_words), gives to each query, in their order."""
-    replies: list[Words] = [[] for _ in range(len(pairs))]
-    for indices in pairs.order().split(BATCH):
-        batch = pairs.batch(indices)
-        ids = search(model, batch.query, batch.query_lengths, max_words)
-        for index, row in zip(indices.tolist(), ids.tolist(), strict=True):
-            replies[index] = vocabulary.decode(row)
-    return replies

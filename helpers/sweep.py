@@ -8,14 +8,13 @@ import random
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import optuna
 import pandas as pd
 import torch
-import yaml
 from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages._heartbeat import get_heartbeat_thread
@@ -26,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from wandb.sdk.sweeps.scheduler.optuna import sweep_parameter_to_distribution
 
 from helpers.batches import Prepared
-from helpers.run import ROOT, Run, digest, display_path, require, write_text
+from helpers.run import ROOT, Run, digest, display_path, require
 from helpers.settings import DATA_SETTINGS, NAMES, Settings, UserError, number, read_yaml, user_errors, valid
 from helpers.tracking import Stopped, Tracker
 from helpers.training import NotFiniteError, fit, training_digest
@@ -308,17 +307,3 @@ def best_settings(study: optuna.Study) -> Settings:
     """The sweep's starting point with the parameters of its best trial."""
     trial_table(study)  # says so if there is none
     return Settings(**study.user_attrs["base"]).change(**study.best_trial.params)
-
-
-def write_profile(path: Path, study: optuna.Study) -> None:
-    """The best settings as a profile, to train with `--profile PATH`."""
-    settings, best = best_settings(study), study.best_trial
-    head = f"{len(trial_table(study))} trials of sweep {study.study_name}: trial {best.number}"
-    write_settings(path, settings, best.params, f"{head}, {LOSS} {best.value:.4f}")
-
-
-def write_settings(path: Path, best: Settings, chosen: Iterable[str], what: str) -> None:
-    """A profile of what is `chosen` or no default, with a word of what it is the best of."""
-    settings, defaults = best.to_dict(), Settings().to_dict()
-    settings = {name: value for name, value in settings.items() if name in chosen or value != defaults[name]}
-    write_text(path, f"# The best of {what}.\n{yaml.safe_dump(settings, sort_keys=False)}")

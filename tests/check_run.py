@@ -2,11 +2,10 @@
 
 import torch
 
-from benchmarks.replies import exact_matches
+from benchmarks.replies import exact_matches, replies_of
 from helpers.batches import Prepared
 from helpers.chat import Chatbot
 from helpers.decoding import greedy
-from helpers.evaluation import replies_of
 from helpers.run import Run
 
 RUN = Run.named("sample")

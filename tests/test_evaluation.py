@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from benchmarks.compare import choice_accuracy, unigram_perplexity
-from benchmarks.replies import bleu, commonest_reply, distinct, exact_matches, reply_metrics
+from benchmarks.replies import bleu, commonest_reply, distinct, exact_matches, replies_of, reply_metrics
 from helpers.batches import Pairs
 from helpers.decoding import beam_search, greedy
 from helpers.evaluation import (
@@ -15,7 +15,6 @@ from helpers.evaluation import (
     evaluate,
     free_running_logits,
     log_probability,
-    replies_of,
     score,
 )
 from helpers.model import new_model

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.replies import replies_of
 from helpers.batches import Pairs
 from helpers.decoding import greedy
-from helpers.evaluation import replies_of
 from helpers.model import Encoder, LuongAttention, Memory, Seq2Seq, new_model, parameter_count
 from helpers.settings import Settings
 from helpers.text import PAD, Vocabulary

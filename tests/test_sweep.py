@@ -13,7 +13,7 @@ from wandb.sdk.launch.sweeps import utils as agent
 
 import helpers.sweep
 from benchmarks import sweep_report
-from benchmarks.sweep_report import seeds_table
+from benchmarks.sweep_report import seeds_table, write_profile
 from helpers.__main__ import main as helpers_main
 from helpers.run import ROOT, Run
 from helpers.settings import Settings, UserError, load_profile
@@ -25,7 +25,6 @@ from helpers.sweep import (
     read_sweep,
     run_sweep,
     trial_table,
-    write_profile,
 )
 from tests.conftest import CPU, TINY
 from tools.sweeps import agent_run, main

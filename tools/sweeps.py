@@ -31,8 +31,6 @@ from helpers.sweep import (
     read_sweep,
     run_sweep,
     train_trial,
-    write_profile,
-    write_settings,
 )
 from helpers.tracking import PROJECT, Stopped, Tracker, check_mode
 from helpers.training import training_digest
@@ -99,7 +97,9 @@ def run_agent(sweep: str, folder: Path, device: str) -> None:
 
 
 def write_online_profile(path: Path, name: str) -> None:
-    """The same of a sweep at W&B. Raises UserError if it has no finished trial."""
+    """The best settings of a sweep at W&B as a profile. Raises UserError if it has no finished trial."""
+    from benchmarks.sweep_report import write_settings  # here, since trials need none of what draws reports
+
     sweep = find_sweep(name)
     best = sweep.best_run()
     if best is None or "validation_loss" not in best.summary:
@@ -155,6 +155,8 @@ def join(options: argparse.Namespace) -> None:
 
 def best(options: argparse.Namespace) -> None:
     """Write a sweep's best settings as a profile, best.yaml in the run's folder."""
+    from benchmarks.sweep_report import write_profile
+
     target = options.run.folder / "best.yaml"
     if not is_local(options) and usual_mode() == "online":
         write_online_profile(target, options.sweep)
