@@ -113,6 +113,7 @@ class Settings(BaseModel):
     schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 at the last update
     warmup_updates: Count = 0
     validate_every: Positive = 200
+    average: Annotated[Number, Field(le=0.9999)] = 0.0  # decay of an average of the weights, which is kept instead
     patience: Count = 0  # validations without improvement before stopping; 0 means never stop early
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: what a few updates show to be the fastest
     cuda_graphs: bool = True  # on a GPU: record the work of an update once for each shape, then replay it

@@ -22,11 +22,11 @@ from helpers.evaluation import batch_loss, evaluate
 from helpers.model import Seq2Seq, new_model, parameter_count
 from helpers.run import Run, choose_device, digest, display_path, products, read_tensors, timings, write_tensors
 from helpers.settings import Count, Settings, UserError, user_errors
-from helpers.text import Vocabulary
+from helpers.text import PAD, Vocabulary
 
-FORMAT = 4  # of checkpoint.pt
+FORMAT = 5  # of checkpoint.pt
 # Raised by whoever changes what the same settings and data train to: an older checkpoint is then not resumed.
-MATHEMATICS = 2
+MATHEMATICS = 3
 # What another value of changes nothing that was trained before, and what decides the weights' shapes.
 LATER = {"updates": 1, "patience": 0, "validate_every": 1, "decline_below": 0.0}
 SHAPES = ("embedding_size", "hidden_size", "layers", "attention", "input_feeding", "tie_weights")
@@ -75,7 +75,8 @@ class Checkpoint:
     digest: str  # of what it was trained from
     precision: str
     model: dict
-    best_model: dict  # the weights with the lowest validation loss
+    average: dict  # of the weights, if the settings ask for one; else the weights
+    best_model: dict  # of these, those with the lowest validation loss
     optimizer: dict
     progress: dict
 
@@ -212,6 +213,7 @@ class Trainer:
         self.model, self.settings, self.precision = model, settings, precision
         self.optimizer = new_optimizer(model, settings)
         self.computing, self.parameters, self.rounded = model, list(model.parameters()), []
+        self.average = copy.deepcopy(model) if settings.average else model
         if precision == "bf16":
             self.computing = copy.deepcopy(model).bfloat16().train()
             self.rounded = list(self.computing.parameters())
@@ -240,6 +242,10 @@ class Trainer:
         with products(self.precision):
             figures = self.update(pairs, pairs.upload(indices), *pairs.shape(indices), teacher_forcing)
             figures = figures.to("cpu", non_blocking=True)
+        if settings.average:  # the decay grows at first, so that the first weights are soon forgotten
+            share = 1 - min(settings.average, (1 + update) / (10 + update))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), self.parameters, share)
         facts = {"learning_rate": rate, "tokens": int(pairs.response_lengths[indices].sum())}
         arrived = torch.cuda.current_stream().record_event() if pairs.queries.is_cuda else None
         return Launched(update, indices, facts, figures, arrived)
@@ -355,16 +361,17 @@ def fit(
                         continue
                     report_update()
                     launched = None
-                    loss = broadcast(evaluate(model, validation).per_token)
+                    loss = broadcast(evaluate(trainer.average, validation).per_token)
                     if not math.isfinite(loss):
                         raise FloatingPointError(f"The validation loss after update {progress.update} is {loss}.")
                     if progress.is_best(loss):
-                        state.best_model = copy.deepcopy(model.state_dict())
+                        state.best_model = copy.deepcopy(trainer.average.state_dict())
                     report(update=progress.update, validation_loss=loss)
                     clock = time.perf_counter()
                     if first:
                         run.append_metrics(rows)
                         state.model, state.optimizer = model.state_dict(), trainer.optimizer.state_dict()
+                        state.average = trainer.average.state_dict()
                         state.progress = vars(progress).copy()
                         state.save(run.checkpoint)
                     kept = progress.update
@@ -431,6 +438,7 @@ def _begin(
         with user_errors(f"{display_path(run.checkpoint)} cannot be resumed", "Move it away.", *kinds):
             for weights in (state.best_model, state.model):
                 model.load_state_dict(weights)
+            trainer.average.load_state_dict(state.average)
             trainer.optimizer.load_state_dict(state.optimizer)
             for parameter, moments in trainer.optimizer.state.items():  # the fused optimisers do not look
                 if any(moment.dim() and moment.shape != parameter.shape for moment in moments.values()):
@@ -441,16 +449,26 @@ def _begin(
             print(f"the former checkpoint is kept as {display_path(run.keep_checkpoint())}", file=sys.stderr)
         if start:
             _take_over(model, start, prepared.vocabulary)
+        else:
+            begin_with_frequencies(model, prepared.splits["train"])
         precision = broadcast(choose_precision(model, settings, prepared.splits["train"]))
         trainer, progress = Trainer(model, settings, precision), Progress()
         made_from, vocabulary = training_digest(settings.change(**LATER), prepared), prepared.vocabulary.to_json()
         examples, best = prepared.examples, copy.deepcopy(model.state_dict())
-        state = Checkpoint(settings.to_dict(), vocabulary, examples, made_from, precision, {}, best, {}, {})
+        state = Checkpoint(settings.to_dict(), vocabulary, examples, made_from, precision, {}, {}, best, {}, {})
     if first:
         run.cut_metrics(progress.update)
         if not progress.over(settings):
             run.record_machine(model.embedding.weight.device, progress.update)
     return trainer, progress, state
+
+
+def begin_with_frequencies(model: Seq2Seq, pairs: Pairs) -> None:
+    """Set the output's bias to ln(share of each word in the responses): a new model is as good as one that knows how
+    often words occur. Else it learns that first, with all its weights, and at a high rate may not recover from it."""
+    counts = torch.bincount(pairs.responses[pairs.responses != PAD], minlength=model.output.out_features)
+    with torch.no_grad():
+        model.output.bias.copy_(((counts + 0.5) / counts.sum()).log())
 
 
 def _take_over(model: Seq2Seq, start: Checkpoint, vocabulary: Vocabulary) -> None:

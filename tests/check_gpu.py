@@ -8,7 +8,7 @@ from helpers.run import ROOT
 
 
 def test_every_stage_ends_and_leaves_its_results(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--budget", "200", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--budget", "400", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     log = (tmp_path / "log.txt").read_text()[-3000:]
     ended = json.loads((tmp_path / "gpu-cpu.json").read_text())["stages"]

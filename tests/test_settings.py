@@ -24,7 +24,7 @@ BOUNDS = {
     "updates": (1, 10**9), "batch_size": (1, 10**9), "learning_rate": (0.0, 10.0),
     "decoder_learning_ratio": (0.0, 100.0), "weight_decay": (0.0, 10.0), "clip": (0.0, None),
     "teacher_forcing_ratio": (0.0, 1.0), "warmup_updates": (0, 10**9), "validate_every": (1, 10**9),
-    "patience": (0, 10**9),
+    "patience": (0, 10**9), "average": (0.0, 0.9999),
 }  # fmt: skip
 WORDS = {
     "long_queries": ("drop", "cut"), "rare_words": ("unknown", "drop"), "attention": ("dot", "general", "concat"),

@@ -54,11 +54,13 @@ def timeless(run):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in run.read_metrics()]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize("teacher_forcing", [1.0, 0.5])
-def test_a_resumed_run_equals_an_uninterrupted_one(prepared, tmp_path, optimizer, teacher_forcing):
+@pytest.mark.parametrize(
+    ("optimizer", "teacher_forcing", "average"),
+    [("adam", 1.0, 0.0), ("adamw", 0.5, 0.0), ("sgd", 0.5, 0.0), ("adam", 1.0, 0.9)],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(prepared, tmp_path, optimizer, teacher_forcing, average):
     settings = TINY.change(
-        optimizer=optimizer, teacher_forcing_ratio=teacher_forcing, schedule="cosine", warmup_updates=2
+        optimizer=optimizer, teacher_forcing_ratio=teacher_forcing, average=average, schedule="cosine", warmup_updates=2
     )
     straight = train(tmp_path / "straight", prepared, settings)
     with pytest.raises(InterruptedError):
@@ -67,7 +69,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(prepared, tmp_path, optimizer
     random.seed(99)
     broken = train(tmp_path / "broken", prepared, settings)
     a, b = Checkpoint.load(straight.checkpoint), Checkpoint.load(broken.checkpoint)
-    for one, other in ((a.model, b.model), (a.best_model, b.best_model)):
+    for one, other in ((a.model, b.model), (a.average, b.average), (a.best_model, b.best_model)):
         assert all(torch.equal(one[name], other[name]) for name in one)
     for i, state in a.optimizer["state"].items():
         assert all(
@@ -296,6 +298,41 @@ def test_it_learns(prepared, tmp_path):
     losses = [row["validation_loss"] for row in run.read_metrics() if "validation_loss" in row]
     assert losses[-1] < 0.6 * math.log(len(prepared.vocabulary))
     assert losses == sorted(losses, reverse=True)
+
+
+def test_what_is_validated_and_kept_is_the_average_of_the_weights_if_one_is_asked_for(prepared, tmp_path, monkeypatch):
+    settings, seen = TINY.change(average=0.5, updates=12, validate_every=12), []
+    step = Trainer.launch
+
+    def launch(self, *arguments):
+        launched = step(self, *arguments)
+        seen.append([parameter.detach().clone() for parameter in self.model.parameters()])
+        return launched
+
+    monkeypatch.setattr(Trainer, "launch", launch)
+    begun = new_model(settings, len(prepared.vocabulary))
+    training.begin_with_frequencies(begun, prepared.splits["train"])
+    first = list(begun.parameters())
+    model = fit(Run(tmp_path), prepared, settings, CPU, progress_bar=False)
+    for update, weights in enumerate(seen):
+        decay = min(0.5, (1 + update) / (10 + update))
+        first = [decay * mean + (1 - decay) * weight for mean, weight in zip(first, weights, strict=True)]
+    for parameter, mean, last in zip(model.parameters(), first, seen[-1], strict=True):
+        torch.testing.assert_close(parameter, mean)
+        assert not torch.equal(parameter, last)
+    loss = evaluate(model, prepared.splits["validation"]).per_token
+    assert Run(tmp_path).read_metrics()[-1]["validation_loss"] == pytest.approx(loss, abs=1e-9)
+
+
+def test_a_new_model_begins_with_the_shares_of_words_and_one_that_starts_from_another_does_not(prepared, tmp_path):
+    settings = TINY.change(learning_rate=0.0, updates=1)
+    begun = fit(Run(tmp_path / "new"), prepared, settings, CPU, progress_bar=False)
+    responses = prepared.splits["train"].responses
+    shares = torch.bincount(responses[responses != PAD], minlength=len(prepared.vocabulary)) / (responses != PAD).sum()
+    torch.testing.assert_close(torch.softmax(begun.output.bias.detach(), 0), shares, atol=2e-3, rtol=0.05)
+    start = Checkpoint.load(train(tmp_path / "trained", prepared, TINY).checkpoint)
+    after = fit(Run(tmp_path / "after"), prepared, settings, CPU, progress_bar=False, start=start)
+    assert torch.equal(after.output.bias, start.best_model["output.bias"])
 
 
 def test_early_stopping_keeps_the_best_weights(prepared, tmp_path):
