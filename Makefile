@@ -1,7 +1,7 @@
 # Names of commands, and nothing else: tools/series.py knows what each does. `make help` lists them.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-TARGETS := help run-all test lint unit check html lab sweep sweep-worker sweep-best profile latency compare bench gpu \
+TARGETS := help run-all test lint unit check html lab sweep sweep-worker sweep-best profile latency compare bench speedrun gpu \
            images outputs soak wheelhouse
 .PHONY: $(TARGETS)
 

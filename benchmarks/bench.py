@@ -141,7 +141,7 @@ def _lines(source: Path) -> int:
 def updates(device: torch.device) -> dict:
     """Target tokens and floating-point operations (of matrix products) a second, round by round, of all ways."""
     found = {name: {"tokens": [], "flops": []} for name in ("textbook", "fp32", "bf16", *WITHOUT)}
-    with _process("textbook") as theirs, _process("ours") as ours:
+    with process("textbook") as theirs, process("ours") as ours:
         for _ in range(ROUNDS):
             for name, values in found.items():
                 pool = theirs if name == "textbook" else ours
@@ -316,10 +316,10 @@ def _reach(way: str, source: Path, device: torch.device) -> tuple[float, int]:
     raise UserError(f"The {way} way has not come to a loss of {LOSS} in {update} updates: {loss:.2f}. Report this.")
 
 
-def seed() -> None:
+def seed(number: int = 1) -> None:
     """The textbook's weights and batches come from the global random numbers."""
-    random.seed(1)
-    torch.manual_seed(1)
+    random.seed(number)
+    torch.manual_seed(number)
 
 
 def _texts(pairs: Pairs, vocabulary: Vocabulary) -> list[textbook.Pair]:
@@ -328,7 +328,7 @@ def _texts(pairs: Pairs, vocabulary: Vocabulary) -> list[textbook.Pair]:
 
 
 @contextlib.contextmanager
-def _process(way: str) -> Iterator[multiprocessing.pool.Pool]:
+def process(way: str) -> Iterator[multiprocessing.pool.Pool]:
     """A fresh process, for our own way with the C library's settings that `make` gives it, for the textbook without."""
     outside = {name: os.environ.pop(name, None) for name in MEMORY}
     os.environ.update({} if way == "textbook" else MEMORY)
@@ -342,7 +342,7 @@ def _process(way: str) -> Iterator[multiprocessing.pool.Pool]:
 
 def _alone(function: Callable, way: str, *arguments) -> tuple:
     """What a function returns in a fresh process, and that process's peak memory in MB."""
-    with _process(way) as pool:
+    with process(way) as pool:
         return pool.apply(_with_memory, (function, (way, *arguments)))
 
 

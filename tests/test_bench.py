@@ -69,7 +69,7 @@ def test_both_ways_of_preparing_are_timed_on_the_same_corpus(corpus_folder, way)
 
 def test_only_our_own_processes_keep_freed_memory(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "outside")
-    with bench._process("ours") as ours, bench._process("textbook") as theirs:
+    with bench.process("ours") as ours, bench.process("textbook") as theirs:
         assert ours.apply(os.getenv, ("MALLOC_TRIM_THRESHOLD_",)) == bench.MEMORY["MALLOC_TRIM_THRESHOLD_"]
         assert theirs.apply(os.getenv, ("MALLOC_TRIM_THRESHOLD_",)) is None
     assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "outside"

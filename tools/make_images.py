@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.bench import compared
 from benchmarks.results import latency_figure
+from benchmarks.speedrun import TEXTBOOK
 from helpers import plots
 from helpers.chat import Chatbot
 from helpers.run import ROOT, Run
@@ -158,6 +159,25 @@ def compare(models: dict[str, dict]) -> plt.Figure:
     return figure
 
 
+def speedrun(machines: dict[str, dict]) -> plt.Figure:
+    """A panel a machine: nats per response against seconds since the start, a curve a recipe, the first seed's; the
+    dashed line is the textbook's best."""
+    figure, panels = plt.subplots(len(machines), 1, figsize=(8, 4.2 * len(machines)), squeeze=False)
+    for axes, (name, found) in zip(panels[:, 0], machines.items(), strict=True):
+        order = [TEXTBOOK, *found["recipes"]]
+        first = [run for run in found["runs"] if run["seed"] == 1]
+        for run in sorted(first, key=lambda run: order.index(run["recipe"])):
+            after, _, nats = zip(*run["curve"], strict=True)
+            textbook = run["recipe"] == TEXTBOOK
+            axes.plot(after, nats, "o-", markersize=3, color=plots.RED if textbook else None, label=run["recipe"])
+            if textbook:
+                axes.axhline(min(nats), color=plots.RED, linestyle="--", linewidth=1)
+        axes.set(xlabel="seconds since the start of the process", ylabel="nats per response", title=name)
+        axes.set_ylim(top=32)
+        axes.legend(fontsize=8)
+    return figure
+
+
 def from_results() -> dict[str, plt.Figure]:
     """The pictures of measured figures by their files' names, of all machines that there are files of."""
     sweep, benches = result("sweep-excerpt.json"), measured("bench")
@@ -171,6 +191,7 @@ def from_results() -> dict[str, plt.Figure]:
     return {
         "compare": compare(result("compare-cornell_excerpt.json")["models"]),
         "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
+        "speedrun": speedrun(measured("speedrun")),
         "profile": before_and_after(measured("profile")),
         "bench": ratios(
             {name: compared(found) for name, found in benches.items()}, "times as fast as the textbook way (dashed)"

@@ -6,6 +6,7 @@ on several machines, in `results/NAME-MACHINE.json`, stands side by side, a colu
 
 import functools
 import json
+import math
 import re
 import statistics
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks.bench import compared
 from benchmarks.classic import CLASSIC, REPLY, WORDS
+from benchmarks.speedrun import TEXTBOOK, seconds_to
 from helpers.model import new_model
 from helpers.run import ROOT, write_text
 
@@ -110,6 +112,36 @@ def quality() -> str:
 `make compare CORPUS=…` on an excerpt of the Cornell corpus ({found["corpus"]["lines"]:,} lines): likelihood on
 {found["short test exchanges"]:,} short held-out exchanges, replies to {found["queries"]} held-out queries.
 {device(found["machine"])}."""
+
+
+def speedrun() -> str:
+    """Seconds to a loss, from the textbook's program to our quick recipe."""
+    if not (found := measured("speedrun")):
+        return NOTHING
+    parts = []
+    for name, one in found.items():
+        curves = {recipe: [run["curve"] for run in one["runs"] if run["recipe"] == recipe]
+                  for recipe in (TEXTBOOK, *one["recipes"])}  # fmt: skip
+        curves = {recipe: runs for recipe, runs in curves.items() if runs}
+        best = {recipe: statistics.median(min(nats for *_, nats in c) for c in all_) for recipe, all_ in curves.items()}
+        limits = [*([best[TEXTBOOK]] if TEXTBOOK in best else []), 18.5, 18.0, 17.5]
+
+        def cell(runs: list, nats: float) -> str:
+            after = statistics.median(seconds_to(points, nats) for points in runs)
+            return f"{after:.0f} s" if after < math.inf else "–"
+
+        rows = [
+            [recipe, f"{best[recipe]:.2f}", *(cell(runs, nats) for nats in limits)] for recipe, runs in curves.items()
+        ]
+        names = [f"to {nats:.2f}" for nats in limits]
+        seeds = max(map(len, curves.values()))
+        parts += [
+            table([name, "best, nats", *names], rows),
+            f"""Nats per response on {one["exchanges"]} short test
+exchanges; seconds from the start of the process, {f"medians over {seeds} seeds" if seeds > 1 else "one seed"}, {one["limit"]}
+at most; a dash: not reached. {device(one["machine"])}.""",
+        ]
+    return "\n\n".join(parts)
 
 
 def replies() -> str:
@@ -336,7 +368,10 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
-TABLES = {function.__name__: function for function in (summary, quality, replies, sweep, profile, bench, latency, gpu)}
+TABLES = {
+    function.__name__: function
+    for function in (summary, speedrun, quality, replies, sweep, profile, bench, latency, gpu)
+}
 
 
 def main() -> int:

@@ -283,6 +283,12 @@ def compare() -> None:
     call("-m", "benchmarks.compare", "--corpus", corpus, "--device", given("DEVICE", "auto"))
 
 
+def speedrun() -> None:
+    """seconds against nats per response, the textbook's program and ours, on Cornell's files in CORPUS; to results/"""
+    corpus = located("CORPUS", []) or refuse("CORPUS=path is missing: Cornell's two files, in a folder or a zip.")
+    call("-m", "benchmarks.speedrun", "--corpus", corpus, "--device", given("DEVICE", "auto"))
+
+
 def bench() -> None:
     """this project against the textbook way, side by side: results/bench-MACHINE.json"""
     call("-m", "benchmarks.bench", "--device", given("DEVICE", "auto"), "--json", "results/bench-DEVICE.json")
@@ -343,14 +349,14 @@ def show_help() -> None:
     for name, target in TARGETS.items():
         print(f"  make {name:<13} {target.__doc__}")
     print("""
-  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=auto|sample|own|cornell|classic|FILE  DEVICE=auto|cpu|cuda
+  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=auto|sample|own|quick|cornell|classic|FILE  DEVICE=auto|cpu|cuda
   PARAMS="-p name value" reaches the notebooks; FRESH=1 starts a run over and keeps its checkpoint under another name;
   PYTHON=python3.12 makes the environment with that; PYTHON=python3 VENV= uses that interpreter as it is.""")
 
 
 TARGETS = {"help": show_help, "run-all": run_all, "test": test, "lint": lint, "unit": unit, "check": check,
            "html": html, "lab": lab, "sweep": sweep, "sweep-worker": sweep_worker, "sweep-best": sweep_best,
-           "profile": profile, "latency": latency, "compare": compare, "bench": bench, "gpu": gpu,
+           "profile": profile, "latency": latency, "compare": compare, "bench": bench, "speedrun": speedrun, "gpu": gpu,
            "images": images, "outputs": outputs, "soak": soak, "wheelhouse": wheelhouse}  # fmt: skip
 
 

@@ -1,0 +1,208 @@
+"""Seconds of a cold start against nats per response: from the textbook's program to our recipe, one change at a time.
+
+    python -m benchmarks.speedrun --corpus PATH    # what `make speedrun CORPUS=…` calls; results/speedrun-DEVICE.json
+
+Every program reads the same files, Cornell's two without the conversations of held-out movies, and is held to the same
+short exchanges of the test's movies, all of whose words each of them knows. The clock starts with the process: imports,
+preparation, training and our own validations count; the textbook's program, which has none, is measured off the clock.
+The recipes take turns, one process at a time. What is in the file already is not run again.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+import unittest.mock
+import zipfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import textbook
+from benchmarks.bench import process, seed
+from benchmarks.results import result_path
+from helpers.batches import Pairs, prepare, split
+from helpers.corpus import CONVERSATIONS, LINES, SEPARATOR, read_corpus
+from helpers.run import Run, choose_device, display_path, machine, write_json
+from helpers.settings import DATA_SETTINGS, Settings, UserError, command_line, load_profile
+from helpers.training import fit
+
+SHORT = 9  # words at most, on both sides: what the textbook's program reads
+SEEDS = 3
+LIMIT = 300  # seconds that a program may take; the textbook's is at its best long before
+CORNELL = (LINES, CONVERSATIONS)
+TEXTBOOK, FREQUENCIES = "the textbook's program", "+ begin with the words' frequencies"
+# Ours, each with what it changes in the one before it, from the profile `classic` to `quick`. The frequencies are a
+# change of code, which the recipes before it go without.
+RECIPES: dict[str, dict] = {
+    "whole sequences, masked, one optimiser": {},
+    "+ one layer, smaller, tied weights": {
+        "embedding_size": 256, "hidden_size": 384, "layers": 1, "attention": "general", "tie_weights": True,
+    },
+    "+ long and rare lines, openers": {
+        "max_query_words": 20, "max_response_words": 30, "long_queries": "cut", "rare_words": "unknown",
+        "openers": True,
+    },
+    "+ a higher rate that falls, clip 0.25": {
+        "learning_rate": 6e-3, "decoder_learning_ratio": 1.0, "schedule": "cosine", "warmup_updates": 20,
+        "clip": 0.25, "updates": 800, "validate_every": 100,
+    },
+    FREQUENCIES: {},
+    "+ dropout, some queries silent": {"dropout": 0.2, "query_dropout": 0.1},
+}  # fmt: skip
+Point = tuple[float, int, float]  # seconds since the start, update, nats per response
+Texts = list[tuple[str, str]]
+
+
+def settings_of(recipe: str, number: int) -> Settings:
+    """The settings of one of RECIPES, with all changes up to it, for a seed. Nothing is held out of what it reads."""
+    changes: dict = {"validate_every": 50}
+    for name, more in RECIPES.items():
+        changes |= more
+        if name == recipe:
+            break
+    return load_profile("classic").change(**changes | {"held_out_share": 0, "seed": number})
+
+
+def part_in_two(source: Path, folder: Path) -> Texts:
+    """Write Cornell's two files without the conversations of held-out movies into a folder; returns the test's
+    exchanges. Raises UserError for a corpus in other files, which the textbook's program cannot read."""
+    corpus, settings = read_corpus(source), load_profile("cornell")
+    parts, unit = split(corpus.exchanges, settings.held_out_share, settings.seed)
+    part_of = {exchange.movie: part for exchange, part in zip(corpus.exchanges, parts, strict=True)}
+    with tempfile.TemporaryDirectory() as extracted:
+        root = source
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                archive.extractall(root := Path(extracted))
+        found = {name: [path for path in root.rglob(name) if "__MACOSX" not in path.parts] for name in CORNELL}
+        texts = {name: path.read_text(encoding="iso-8859-1") for name, paths in found.items() for path in paths[:1]}
+    if unit != "movie" or set(texts) != set(CORNELL):
+        raise UserError(f"{source} is not {' and '.join(CORNELL)} of several movies, which the textbook reads.")
+    for name, text in texts.items():
+        lines = text.split("\n")
+        if name == CONVERSATIONS:
+            lines = [line for line in lines if line and part_of.get(line.split(SEPARATOR)[2], "train") == "train"]
+        (folder / name).write_text("\n".join([*filter(None, lines), ""]), encoding="iso-8859-1")
+    return [(one.query, one.response) for one in corpus.exchanges if part_of[one.movie] == "test"]
+
+
+def known_to_all(exchanges: Texts, folder: Path) -> Texts:
+    """The short ones among the exchanges, all of whose words are known to every program."""
+    _, ids = textbook.read_pairs(folder, SHORT, load_profile("classic").min_count)
+    corpus, settings = read_corpus(folder), [settings_of(recipe, 1) for recipe in RECIPES]
+    different = {tuple(getattr(one, name) for name in DATA_SETTINGS): one for one in settings}
+    readings = [(lambda text: textbook.normalised(text).split(" "), ids)]
+    for vocabulary in [prepare(corpus, one).vocabulary for one in different.values()]:
+        readings.append((vocabulary.tokenise, vocabulary))
+
+    def known(text: str) -> bool:
+        return all(
+            0 < len(words := read(text)) <= SHORT and all(word in vocabulary for word in words)
+            for read, vocabulary in readings
+        )
+
+    return [pair for pair in exchanges if all(map(known, pair))]
+
+
+def by_textbook(folder: Path, held_out: Texts, number: int, device: torch.device, started: float) -> list[Point]:
+    """The curve of the textbook's program; `started` is a moment of time.time."""
+    seed(number)
+    pairs, ids = textbook.read_pairs(folder, SHORT, load_profile("classic").min_count)
+    texts = [[textbook.normalised(text) for text in pair] for pair in held_out]
+    tokens = sum(len(response.split(" ")) + 1 for _, response in texts)
+    batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+    trainer, points, update = textbook.StepwiseTrainer(ids, device), [], 0
+    while not points or points[-1][0] < LIMIT:
+        for _ in range(25):
+            trainer.train([random.choice(pairs) for _ in range(64)])
+        update, paused = update + 25, time.time()
+        points.append((paused - started, update, trainer.evaluate(batches) * tokens / len(texts)))
+        started += time.time() - paused
+    return points
+
+
+def by_recipe(folder: Path, held_out: Texts, recipe: str, number: int, device: torch.device, started: float) -> list:
+    """The curve of one of our recipes: its validations are on the held-out exchanges."""
+    settings = settings_of(recipe, number)
+    data = prepare(read_corpus(folder), settings)
+    words = [tuple(map(data.vocabulary.tokenise, pair)) for pair in held_out]
+    validation = Pairs.from_words(words, data.vocabulary)
+    data, points = dataclasses.replace(data, splits=data.splits | {"validation": validation}), []
+    per_response = int(validation.response_lengths.sum()) / len(validation)
+
+    def take_note(row: dict) -> None:
+        if "validation_loss" in row:
+            points.append((time.time() - started, row["update"], row["validation_loss"] * per_response))
+        if time.time() - started > LIMIT:
+            raise TimeoutError
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(TimeoutError))
+        if recipe in itertools.takewhile(lambda name: name != FREQUENCIES, RECIPES):
+            stack.enter_context(unittest.mock.patch("helpers.training.begin_with_frequencies"))
+        run = Run(stack.enter_context(tempfile.TemporaryDirectory()))
+        fit(run, data, settings, device, take_note, progress_bar=False)
+    return points
+
+
+def curve(recipe: str, number: int, folder: Path, held_out: Texts, device: torch.device) -> list[Point]:
+    """The curve of one recipe for one seed, in a process of its own."""
+    started = time.time()
+    with process("textbook" if recipe == TEXTBOOK else "ours") as alone:
+        if recipe == TEXTBOOK:
+            return alone.apply(by_textbook, (folder, held_out, number, device, started))
+        return alone.apply(by_recipe, (folder, held_out, recipe, number, device, started))
+
+
+def measure(source: Path, file: Path, device: torch.device, recipes: list[str], seeds: int) -> dict:
+    """Run what the file lacks, write it after each run, and return what it then holds.
+    Raises UserError for a file of another corpus or of other recipes of the same names."""
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"runs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        held_out = known_to_all(part_in_two(source, Path(folder)), Path(folder))
+        if not held_out:
+            raise UserError(f"{source} holds no short exchange of held-out movies whose words are all known.")
+        facts = {"corpus": read_corpus(source).digest, "exchanges": len(held_out), "recipes": RECIPES, "limit": LIMIT}
+        if found["runs"] and any(found[name] != value for name, value in facts.items()):
+            raise UserError(f"{display_path(file)} is of another corpus or of other recipes: move it away first.")
+        found |= facts | {"machine": machine(device)}
+        there = [(run["recipe"], run["seed"]) for run in found["runs"]]
+        for number in range(1, seeds + 1):
+            for recipe in recipes:
+                if (recipe, number) not in there:
+                    points = curve(recipe, number, Path(folder), held_out, device)
+                    rounded = [[round(after, 2), update, round(nats, 4)] for after, update, nats in points]
+                    found["runs"].append({"recipe": recipe, "seed": number, "curve": rounded})
+                    write_json(file, found)
+                    best = min(nats for *_, nats in points)
+                    print(f"{recipe}, seed {number}: {best:.2f} nats within {points[-1][0]:.0f} s", flush=True)
+    return found
+
+
+def seconds_to(points: list[Point], nats: float) -> float:
+    """When a curve first comes to so many nats per response; infinity if it never does."""
+    return next((after for after, _, value in points if value <= nats), math.inf)
+
+
+@command_line
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, type=Path, help="Cornell's two files, in a folder or a zip")
+    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 1 on")
+    parser.add_argument("--only", nargs="*", default=[TEXTBOOK, *RECIPES], help="some of the recipes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="instead of the file in results/")
+    options = parser.parse_args(arguments)
+    file = options.json or result_path("speedrun", machine(options.device))
+    measure(options.corpus, file, options.device, options.only, options.seeds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Both programs of the speedrun read the same files, are held to the same exchanges, and are run once each."""
+
+import json
+import zipfile
+
+import pytest
+
+from benchmarks import speedrun
+from helpers.corpus import CONVERSATIONS, LINES, read_corpus
+from helpers.settings import UserError, load_profile
+from tests.conftest import CPU
+
+SMALL = {
+    "embedding_size": 16, "hidden_size": 16, "updates": 8, "validate_every": 4, "precision": "fp32", "min_count": 1,
+    "layers": 1, "max_query_words": 20, "max_response_words": 20,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two recipes of a moment: the second begins with the words' frequencies, the first does not."""
+    monkeypatch.setattr(speedrun, "SHORT", 20)
+    monkeypatch.setattr(speedrun, "RECIPES", {"first": SMALL, speedrun.FREQUENCIES: {}})
+
+
+@pytest.fixture
+def parted(corpus_folder, tmp_path):
+    return speedrun.part_in_two(corpus_folder, tmp_path), tmp_path
+
+
+def test_the_last_recipe_is_the_profile_quick():
+    last = speedrun.settings_of(list(speedrun.RECIPES)[-1], 1)
+    assert last == load_profile("quick").change(held_out_share=0)
+    assert speedrun.FREQUENCIES in speedrun.RECIPES
+
+
+def test_what_is_held_out_is_not_in_the_files_that_the_programs_read(corpus_folder, parted):
+    held_out, folder = parted
+    whole, kept = read_corpus(corpus_folder), read_corpus(folder)
+    movies, left = ({exchange.movie for exchange in corpus.exchanges} for corpus in (whole, kept))
+    assert left < movies
+    gone = [exchange for exchange in whole.exchanges if exchange.movie not in left]
+    assert len(kept.exchanges) + len(gone) == len(whole.exchanges)
+    assert 0 < len(held_out) < len(gone)  # the rest is validation's, on which settings were chosen
+    assert set(held_out) < {(exchange.query, exchange.response) for exchange in gone}
+
+
+def test_a_zip_is_parted_as_its_folder_is(corpus_folder, parted, tmp_path_factory):
+    file, folder = tmp_path_factory.mktemp("zip") / "corpus.zip", tmp_path_factory.mktemp("parted")
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in (LINES, CONVERSATIONS):
+            archive.write(corpus_folder / name, f"corpus/{name}")
+    assert speedrun.part_in_two(file, folder) == parted[0]
+    assert (folder / CONVERSATIONS).read_bytes() == (parted[1] / CONVERSATIONS).read_bytes()
+    assert read_corpus(folder).exchanges  # nothing else is left there
+
+
+def test_a_corpus_in_other_files_is_refused(tmp_path):
+    (tmp_path / "mine.tsv").write_text("Hi.\tHello.\n" * 30)
+    with pytest.raises(UserError, match="which the textbook reads"):
+        speedrun.part_in_two(tmp_path / "mine.tsv", tmp_path)
+
+
+def test_only_exchanges_that_every_program_knows_are_scored(small, parted):
+    held_out, folder = parted
+    strange = [("Hello.", "Xyzzy."), ("Xyzzy?", "Hello."), ("Hello. " * 11, "Hello."), ("1984", "Hello.")]
+    known = speedrun.known_to_all([*held_out, *strange], folder)
+    assert known
+    assert set(known) <= set(held_out)
+    assert all(max(len(text.split()) for text in pair) <= speedrun.SHORT for pair in known)
+
+
+def test_each_program_is_run_once_a_seed_and_what_is_there_is_kept(small, corpus_folder, tmp_path, monkeypatch):
+    ran = []
+
+    def here(recipe, number, folder, held_out, device):  # not in a process of its own, which would not see `small`
+        ran.append((recipe, number))
+        return speedrun.by_recipe(folder, held_out, recipe, number, device, speedrun.time.time())
+
+    monkeypatch.setattr(speedrun, "curve", here)
+    file, recipes = tmp_path / "speedrun.json", list(speedrun.RECIPES)
+    speedrun.measure(corpus_folder, file, CPU, recipes, 1)
+    found = speedrun.measure(corpus_folder, file, CPU, recipes, 2)
+    assert ran == [(name, number) for number in (1, 2) for name in recipes]
+    assert found == json.loads(file.read_text())
+    for run in found["runs"]:
+        assert [update for _, update, _ in run["curve"]] == [4, 8]
+        seconds = [after for after, _, _ in run["curve"]]
+        assert 0 < seconds[0] < seconds[1]
+    first, frequencies = (run["curve"][0][2] for run in found["runs"][:2])
+    assert frequencies < first - 1  # nats per response
+    monkeypatch.setattr(speedrun, "RECIPES", speedrun.RECIPES | {"another": {}})
+    with pytest.raises(UserError, match="other recipes"):
+        speedrun.measure(corpus_folder, file, CPU, recipes, 1)
+
+
+def test_the_textbook_is_held_to_the_same_exchanges(small, parted, monkeypatch):
+    held_out, folder = parted
+    monkeypatch.setattr(speedrun, "LIMIT", 0.01)
+    (point,) = speedrun.by_textbook(folder, speedrun.known_to_all(held_out, folder), 1, CPU, speedrun.time.time())
+    assert point[1] == 25
+    assert 0 < point[2] < 100
+
+
+def test_seconds_to_a_loss_are_those_of_the_first_crossing():
+    points = [(10.0, 1, 20.0), (20.0, 2, 18.0), (30.0, 3, 19.0), (40.0, 4, 17.0)]
+    assert [speedrun.seconds_to(points, nats) for nats in (21, 18.5, 17.0)] == [10, 20, 40]
+    assert speedrun.seconds_to(points, 16) == float("inf")
