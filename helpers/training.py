@@ -370,9 +370,8 @@ def fit(
                     clock = time.perf_counter()
                     if first:
                         run.append_metrics(rows)
-                        state.model, state.optimizer = model.state_dict(), trainer.optimizer.state_dict()
-                        state.average = trainer.average.state_dict()
-                        state.progress = vars(progress).copy()
+                        state.model, state.average = model.state_dict(), trainer.average.state_dict()
+                        state.optimizer, state.progress = trainer.optimizer.state_dict(), vars(progress).copy()
                         state.save(run.checkpoint)
                     kept = progress.update
         except (FloatingPointError, KeyboardInterrupt) as error:
@@ -447,10 +446,9 @@ def _begin(
     else:
         if first and run.checkpoint.exists():
             print(f"the former checkpoint is kept as {display_path(run.keep_checkpoint())}", file=sys.stderr)
+        begin_with_frequencies(model, prepared.splits["train"])
         if start:
             _take_over(model, start, prepared.vocabulary)
-        else:
-            begin_with_frequencies(model, prepared.splits["train"])
         precision = broadcast(choose_precision(model, settings, prepared.splits["train"]))
         trainer, progress = Trainer(model, settings, precision), Progress()
         made_from, vocabulary = training_digest(settings.change(**LATER), prepared), prepared.vocabulary.to_json()

@@ -138,8 +138,8 @@ def speedrun() -> str:
         parts += [
             table([name, "best, nats", *names], rows),
             f"""Nats per response on {one["exchanges"]} short test
-exchanges; seconds from the start of the process, {f"medians over {seeds} seeds" if seeds > 1 else "one seed"}, {one["limit"]}
-at most; a dash: not reached. {device(one["machine"])}.""",
+exchanges; seconds from the start of the process, {f"medians over {seeds} seeds" if seeds > 1 else "one seed"},
+{one["limit"]} at most; a dash: not reached. {device(one["machine"])}.""",
         ]
     return "\n\n".join(parts)
 
