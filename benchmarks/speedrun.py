@@ -76,13 +76,14 @@ def part_in_two(source: Path, folder: Path) -> Texts:
     corpus, settings = read_corpus(source), load_profile("cornell")
     parts, unit = split(corpus.exchanges, settings.held_out_share, settings.seed)
     part_of = {exchange.movie: part for exchange, part in zip(corpus.exchanges, parts, strict=True)}
-    with tempfile.TemporaryDirectory() as extracted:
-        root = source
-        if zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                archive.extractall(root := Path(extracted))
-        found = {name: [path for path in root.rglob(name) if "__MACOSX" not in path.parts] for name in CORNELL}
-        texts = {name: path.read_text(encoding="iso-8859-1") for name, paths in found.items() for path in paths[:1]}
+    texts = {}
+    with contextlib.ExitStack() as stack:
+        root = zipfile.Path(stack.enter_context(zipfile.ZipFile(source))) if zipfile.is_zipfile(source) else source
+        inside = list(root.iterdir()) if root.is_dir() else []
+        folders = [root, *(path for path in inside if path.is_dir() and path.name != "__MACOSX")]
+        for path in [folder / name for folder in folders for name in CORNELL]:
+            if path.is_file():
+                texts[path.name] = path.read_bytes().decode("iso-8859-1")
     if unit != "movie" or set(texts) != set(CORNELL):
         raise UserError(f"{source} is not {' and '.join(CORNELL)} of several movies, which the textbook reads.")
     for name, text in texts.items():

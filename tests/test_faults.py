@@ -298,9 +298,10 @@ def test_a_full_disk_stops_with_a_word_and_spoils_nothing(reference, corpus_fold
     child.end(signal.SIGKILL)
     before, at = run.checkpoint.read_bytes(), Checkpoint.load(run.checkpoint).progress["update"]
     command = ["train", "--corpus", str(corpus_folder), "--run", str(tmp_path), "--profile", str(profile), "--resume"]
-    assert run.metrics.stat().st_size < run.data.stat().st_size < len(before)
+    room = len(before) * 9 // 10  # two checkpoints of one training may differ by some bytes
+    assert run.metrics.stat().st_size < run.data.stat().st_size < room
     for size, file in [
-        (len(before) - 1, "checkpoint.pt"),
+        (room, "checkpoint.pt"),
         (run.data.stat().st_size - 1, "data.pt"),
         (run.metrics.stat().st_size - 1, "data.pt"),
         (0, ".lock"),
