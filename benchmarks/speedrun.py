@@ -35,7 +35,7 @@ from helpers.training import fit
 
 SHORT = 9  # words at most, on both sides: what the textbook's program reads
 SEEDS = 3
-LIMIT = 300  # seconds that a program may take; the textbook's is at its best long before
+LIMIT = 300  # seconds that a program may take
 CORNELL = (LINES, CONVERSATIONS)
 TEXTBOOK, FREQUENCIES = "the textbook's program", "+ begin with the words' frequencies"
 # Ours, each with what it changes in the one before it, from the profile `classic` to `quick`. The frequencies are a
@@ -56,6 +56,7 @@ RECIPES: dict[str, dict] = {
     FREQUENCIES: {},
     "+ dropout, some queries silent": {"dropout": 0.2, "query_dropout": 0.1},
 }  # fmt: skip
+PROGRAMS = [TEXTBOOK, *RECIPES]
 Point = tuple[float, int, float]  # seconds since the start, update, nats per response
 Texts = list[tuple[str, str]]
 
@@ -198,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--corpus", required=True, type=Path, help="Cornell's two files, in a folder or a zip")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 1 on")
-    parser.add_argument("--only", nargs="*", default=[TEXTBOOK, *RECIPES], help="some of the recipes")
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=PROGRAMS, help="some of them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="instead of the file in results/")
     options = parser.parse_args(arguments)
     file = options.json or result_path("speedrun", machine(options.device))
