@@ -28,7 +28,7 @@ from helpers.importance import importance, shares_of
 from helpers.model import new_model
 from helpers.run import Run, choose_device, machine, write_json, write_text
 from helpers.settings import Settings, command_line
-from helpers.sweep import LOSS, best_settings, open_study, space_of, train_trial, trial_table
+from helpers.sweep import LOSS, best_settings, open_study, space_of, train_trial, trial_settings, trial_table
 
 
 def losses_by_value(table: pd.DataFrame, parameter: str) -> dict[str, pd.Series]:
@@ -122,14 +122,16 @@ def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torc
     """
     table, spec, base = trial_table(study), study.user_attrs["spec"], Settings(**study.user_attrs["base"])
     prepared = Prepared.load(run.sweep / study.study_name / "data.pt")
-    choices = {"starting point": base, "best of the sweep": best_settings(study)}
+    fixed = {name: given["value"] for name, given in spec["parameters"].items() if "value" in given}
+    choices = {"starting point": trial_settings(base, fixed), "best of the sweep": best_settings(study)}
     validation = prepared.splits["validation"].to(device)
     untrained = evaluate(new_model(base, len(prepared.vocabulary)).to(device), validation).per_token
     kind = study.best_trial.params.get("optimizer")
     alone = table[table["optimizer"] == kind].drop_duplicates(LOSS) if kind else table[:0]
     parts = {"all trials": table} | ({f"{kind} alone": alone} if len(alone) >= 10 else {})
     found = {
-        "sweep": study.study_name, "spec": spec, "starting point": base.to_dict(), "corpus": prepared.corpus,
+        "sweep": study.study_name, "spec": spec, "corpus": prepared.corpus,
+        "starting point": choices["starting point"].to_dict(),
         "states": table["state"].value_counts().to_dict(), "workers": table["worker"].nunique(),
         "best": study.best_trial.params,
         "seconds a trial": {"median": table["seconds"].median(), "longest": table["seconds"].max()},

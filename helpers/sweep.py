@@ -239,7 +239,7 @@ class Worker:
         # Trials of a plan are not drawn; those of Bayes's method must not be drawn alike by two workers.
         study.sampler = optuna.samplers.TPESampler(seed=self.base.seed * 1_000_003 + place)
         params = {name: trial._suggest(name, values) for name, values in self.space.items()}
-        settings, label = self.base.change(**params), f"{study.study_name}-{trial.number:03d}"
+        settings, label = trial_settings(self.base, params), f"{study.study_name}-{trial.number:03d}"
         folder, validations = Run(self.run.sweep / study.study_name / f"trial-{trial.number:03d}"), itertools.count(1)
 
         def report(row: dict) -> None:
@@ -271,6 +271,14 @@ class Worker:
             print(f"trial {trial.number}: {what} with {params}", flush=True)
             trial.set_user_attr("seconds", round(time.perf_counter() - started, 2))
             study.tell(trial, value, state, skip_if_finished=True)
+
+
+def trial_settings(base: Settings, params: dict) -> Settings:
+    """The starting point with a trial's parameters. `updates` and `validate_every` are meant for the starting point's
+    `batch_size`; a trial with another one makes so many more or fewer that all see equally many examples."""
+    settings = base.change(**params)
+    budget = {name: getattr(settings, name) * base.batch_size for name in ("updates", "validate_every")}
+    return settings.change(**{name: -(-examples // settings.batch_size) for name, examples in budget.items()})
 
 
 def train_trial(run: Run, prepared: Prepared, settings: Settings, device: torch.device, callback: Callable) -> float:
@@ -306,4 +314,4 @@ def trial_table(study: optuna.Study) -> pd.DataFrame:
 def best_settings(study: optuna.Study) -> Settings:
     """The sweep's starting point with the parameters of its best trial."""
     trial_table(study)  # says so if there is none
-    return Settings(**study.user_attrs["base"]).change(**study.best_trial.params)
+    return trial_settings(Settings(**study.user_attrs["base"]), study.best_trial.params)

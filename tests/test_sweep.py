@@ -24,6 +24,7 @@ from helpers.sweep import (
     planned,
     read_sweep,
     run_sweep,
+    trial_settings,
     trial_table,
 )
 from tests.conftest import CPU, TINY
@@ -60,6 +61,19 @@ def test_the_series_own_files_are_valid_and_have_the_classic_space():
     start = load_profile("sweep")
     for params in planned(spec, 20, 1):
         start.change(**params)
+    recipe = read_sweep(ROOT / "notebooks" / "sweep_recipe.yaml")
+    assert {"learning_rate", "batch_size", "average"} < set(recipe["parameters"])
+
+
+@pytest.mark.parametrize("size", [16, 48, 64, 200])
+def test_all_trials_see_equally_many_examples_and_are_validated_equally_often(size):
+    base = load_profile("sweep")
+    params = {"batch_size": size, "updates": 800, "validate_every": 100, "warmup_updates": 20}
+    settings = trial_settings(base, params)
+    assert 800 * base.batch_size <= settings.updates * size < 800 * base.batch_size + size
+    assert -(-settings.updates // settings.validate_every) == 8
+    assert settings.warmup_updates == 20  # it is a choice, not the budget
+    assert trial_settings(base, {"clip": 1.0}) == base.change(clip=1.0)
 
 
 @pytest.mark.parametrize(

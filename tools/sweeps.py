@@ -31,6 +31,7 @@ from helpers.sweep import (
     read_sweep,
     run_sweep,
     train_trial,
+    trial_settings,
 )
 from helpers.tracking import PROJECT, Stopped, Tracker, check_mode
 from helpers.training import training_digest
@@ -178,7 +179,7 @@ def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device, da
     prepared, name = Prepared.load(here.data), os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
     if data and training_digest(prepared.settings, prepared) != data:
         raise UserError(f"{display_path(here.data)} is not what this sweep trains on. {SAME}")
-    settings, folder = prepared.settings.change(**changes), Run(here.folder / name)
+    settings, folder = trial_settings(prepared.settings, changes), Run(here.folder / name)
     try:
         with Tracker(tracking, folder.folder, config(settings, prepared)) as tracker:
             signal.signal(signal.SIGTERM, tracker.stop)
