@@ -2,7 +2,7 @@
 
     python -m benchmarks.world corpora/sample docs/world.md    # the grammar is world.yaml, the page tells what follows
 
-A movie is a list of *scenes*, chains of two to ten lines of a person and Robin, and every line follows from the one
+A movie is a list of *scenes*, chains of two to ten lines of a visitor and Robin, and every line follows from the one
 before it alone: `World.replies` gives all that may answer a line, with their probabilities. So the least loss that any
 model can reach is known. What a scene says of one combination of words (a name, a colour, …) belongs to one movie; the
 split goes by movie, so what is held out are combinations that training has never seen, of words that it has seen often.
@@ -220,10 +220,9 @@ def scenes(exchanges: int = EXCHANGES, seed: int = 1) -> Iterator[list[list[Line
 def write_corpus(folder: str | Path, exchanges: int = EXCHANGES, seed: int = 1) -> Path:
     """Write `movie_lines.txt` and `movie_conversations.txt` into the folder."""
     folder, number = Path(folder), 0
-    people = World().fillers["name"]
     with atomic_write(folder / LINES) as lines_file, atomic_write(folder / CONVERSATIONS) as conversations_file:
         for movie, conversations in enumerate(scenes(exchanges, seed)):
-            speakers = [(f"u{2 * movie}", people[movie % len(people)].upper()), (f"u{2 * movie + 1}", "ROBIN")]
+            speakers = [(f"u{2 * movie}", "VISITOR"), (f"u{2 * movie + 1}", "ROBIN")]
             for conversation in conversations:
                 ids = [f"L{number + turn}" for turn in range(len(conversation))]
                 for turn, line in enumerate(conversation):
@@ -294,7 +293,7 @@ benchmarks.world corpora/sample docs/world.md`), and a test holds both to it.
 
 ## How a scene is drawn
 
-A movie is a list of scenes, chains of two to {longest} lines between a person and Robin, a small machine. A line has a
+A movie is a list of scenes, chains of two to {longest} lines between a visitor and Robin, a small machine. A line has a
 *meaning* (there are {meanings}) and is said in one of that meaning's wordings (there are {wordings} in all), which are
 equally likely. The next line's meaning is drawn with the probabilities that the grammar gives for the line before it,
 and depends on nothing else. It takes over the names and things of that line; others are drawn anew, all equally likely
