@@ -1,237 +1,240 @@
-"""The generator of the embedded corpus: a small world of people, things and places, in the Cornell files' own format.
+"""The generator of the embedded corpus: a small world whose every probability is known, in the Cornell files' format.
 
-    python -m benchmarks.world corpora/sample
+    python -m benchmarks.world corpora/sample docs/world.md    # the grammar is world.yaml, the page tells what follows
 
-Each *conversation* is a chain of two or three lines, and every line follows from the one before it alone. Each is
-about one *combination* of words (a name, a city, …), and a combination belongs to one *movie*. The split goes by
-movie, so what is held out are combinations that training has never seen, made of words that it has seen often.
-Only a conversation's first line is paraphrased; a reply is always the same for the same query.
+A movie is a list of *scenes*, chains of two to ten lines of a visitor and Robin, and every line follows from the one
+before it alone: `World.replies` gives all that may answer a line, with their probabilities. So the least loss that any
+model can reach is known. What a scene says of one combination of words (a name, a colour, …) belongs to one movie; the
+split goes by movie, so what is held out are combinations that training has never seen, of words that it has seen often.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from helpers.corpus import SEPARATOR
-from helpers.run import atomic_write
+import yaml
 
-EXCHANGES = 12000
-PARAPHRASES = 2  # of each combination that a movie is about
+from helpers.corpus import CONVERSATIONS, LINES, SEPARATOR
+from helpers.run import atomic_write, write_text
 
-WORLD = {
-    "name": """anna ben clara david emma frank grace henry iris jack kate leo mary nina oscar paul rosa sam tina victor
-        alice bruno celia dora eddie fiona george hannah ivan julia karl laura martin nora otto peter ruth simon thomas
-        walter adam bella daisy edgar flora gustav helen linda marco oliver rita stella toby vera william agnes boris
-        chloe felix gloria""",
-    "city": """paris london rome berlin madrid vienna lisbon dublin oslo athens cairo boston chicago moscow tokyo
-        sydney prague warsaw geneva dallas havana lima naples venice""",
-    "thing": """hat coat box lamp book chair table clock bag cup plate knife bottle mirror carpet blanket pencil radio
-        guitar piano boat bicycle car wagon ladder basket candle pillow whistle drum violin hammer kettle
-        lantern mask ring scarf shirt sword tent""",
-    "colour": "red blue green yellow black white brown pink grey purple golden silver",
-    "place": """market station library church school hospital museum theatre park bridge harbour garden bakery castle
-        hotel airport bank office cinema farm beach river lake forest mill palace stadium zoo cafe pharmacy""",
-    "food": """bread cheese soup rice fish cake honey butter apples cherries onions carrots potatoes beans noodles
-        pancakes mushrooms olives lemons plums sausages salad eggs pie""",
-    "job": """doctor teacher lawyer painter baker driver sailor nurse farmer writer singer dancer builder pilot cook
-        judge soldier tailor plumber gardener""",
-    "day": "monday tuesday wednesday thursday friday saturday sunday",
-    "hour": "one two three four five six seven eight nine ten eleven noon",
-    "greeting": "hello|hi|hey|good morning|good evening|good afternoon|greetings|howdy|good day|hi there|ahoy",
-    "smalltalk": """=Nice to see you again.|How are you?=I am fine, thank you.|What is your name?=My name is Robin.|Who
-        are you?=I am Robin, a small machine.|Where do you live?=I live in a small computer.|How old are you?=I was
-        born this morning.|Are you human?=No, I am only a program.|Can you help me?=Yes, tell me what you need.|Do
-        you like music?=Yes, I love every song.|What can you do?=I can talk about people and things.|Are you
-        happy?=Yes, I am always happy.|Do you ever sleep?=No, I never sleep.|Is it raining?=I can't see the sky from
-        here.|Tell me a joke!=I don't know any.|What time is it?=I have no clock.""",
-}
+EXCHANGES = 20000
+LONGEST = 10  # lines of a scene
+CAPITAL = ("name", "city", "day")  # slots whose fillers are names
+GRAMMAR = Path(__file__).with_suffix(".yaml")
+_SLOT = re.compile(r"{([a-z]+?)(\d?)}")
 
-# A kind: the paraphrases of the query, then the lines that answer one another. {a1} is the asked-for filler of slot
-# a, {a2} another one that only distracts.
-KINDS = {
-    "introduction": (
-        [
-            "Hello, I am {name1} from {city1}.",
-            "Hi, my name is {name1} and I live in {city1}.",
-            "My name is {name1}. I come from {city1}.",
-            "Good morning, {name1} from {city1} here.",
-        ],
-        "Nice to meet you, {name1}. How is {city1}?",
-        "{city1} is lovely, thank you. I am glad to be here.",
-    ),
-    "colour": (
-        [
-            "{name1} has a {colour1} {thing1} and a {colour2} {thing2}. What colour is the {thing1}?",
-            "{name1} has a {colour2} {thing2} and a {colour1} {thing1}. What colour is the {thing1}?",
-            "I gave {name1} a {colour1} {thing1} and a {colour2} {thing2}. Which colour is the {thing1}?",
-            "I gave {name1} a {colour2} {thing2} and a {colour1} {thing1}. Which colour is the {thing1}?",
-        ],
-        "The {thing1} is {colour1}.",
-    ),
-    "whereabouts": (
-        [
-            "{name1} is at the {place1} with {name2}. Where is {name1}?",
-            "{name1} met {name2} at the {place1}. Where is {name1}?",
-            "I saw {name1} with {name2} at the {place1}. Where can I find {name1}?",
-        ],
-        "{name1} is at the {place1}.",
-    ),
-    "company": (
-        [
-            "{name1} is at the {place1} with {name2}. Who is with {name1}?",
-            "{name1} met {name2} at the {place1}. Who is with {name1}?",
-            "I saw {name1} with {name2} at the {place1}. Who was with {name1}?",
-        ],
-        "{name1} is with {name2}.",
-    ),
-    "purchase": (
-        [
-            "{name1} bought a {thing1} in {city1}. What did {name1} buy?",
-            "In {city1} {name1} found a {thing1}. What did {name1} buy?",
-            "{name1} came back from {city1} with a {thing1}. What did {name1} bring?",
-        ],
-        "{name1} bought a {thing1}.",
-    ),
-    "meal": (
-        [
-            "{name1} loves {food1} but hates {food2}. What shall I cook?",
-            "{name1} hates {food2} but loves {food1}. What shall I cook?",
-            "What should I cook for {name1}, who likes {food1} and never eats {food2}?",
-        ],
-        "Cook {food1} for {name1} but no {food2}.",
-        "{food1} it is. {name1} will be happy without {food2}.",
-    ),
-    "message": (
-        [
-            "Tell {name1} to come on {day1} at {hour1}.",
-            "Please ask {name1} to be here {day1} at {hour1}.",
-            "I want to see {name1} on {day1} at {hour1}. Can you pass it on?",
-        ],
-        "I will tell {name1}: {day1} at {hour1}.",
-        "Thank you. I will wait for {name1} on {day1}.",
-    ),
-    "job": (
-        [
-            "{name1} works as a {job1} in {city1}. What does {name1} do?",
-            "In {city1} {name1} found work as a {job1}. What is the job of {name1}?",
-            "{name1} moved to {city1} and became a {job1}. What does {name1} do now?",
-        ],
-        "{name1} is a {job1} in {city1}.",
-        "I know no better {job1} than {name1}.",
-    ),
-    "farewell": (
-        [
-            "Goodbye, I am going to {city1} with {name1}.",
-            "I must go now. {name1} and I are leaving for {city1}.",
-            "See you later, {name1} takes me to {city1}.",
-        ],
-        "Goodbye! Have a good time in {city1} with {name1}.",
-        "We will. {name1} sends you a card from {city1}.",
-    ),
-    "smalltalk": (
-        [
-            "{greeting1}. {smalltalk1}",
-            "{greeting1}! {smalltalk1}",
-            "{greeting1}, Robin. {smalltalk1}",
-            "{greeting1}, my friend. {smalltalk1}",
-            "Oh, {greeting1}! {smalltalk1}",
-        ],
-        "{greeting1}! {answer1}",
-    ),
-}
 
-_SLOT = re.compile(r"{(\w+?)([12])}")
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What is said, what it means, the fillers of its slots, and its probability as an answer to the line before."""
+
+    text: str
+    meaning: str
+    words: dict[str, str]
+    chance: float = 1.0
+
+
+class Pattern(NamedTuple):
+    """A wording with the fillers that it keeps, its probability, and how many fillers each other slot may take."""
+
+    meaning: str
+    way: str
+    words: dict[str, str]
+    chance: float
+    free: dict[str, int]
+
+
+class World:
+    """The grammar of `world.yaml`, with `names` made-up names besides its own."""
+
+    def __init__(self, names: int = 0) -> None:
+        self.grammar = yaml.safe_load(GRAMMAR.read_text(encoding="utf-8"))
+        self.fillers = {
+            slot: text.split("|") if "|" in text else text.split() for slot, text in self.grammar["fillers"].items()
+        }
+        self.fillers["name"] += [made_up(index) for index in range(names)]
+        self.ways = {name: meaning["ways"].split(" | ") for name, meaning in self.grammar["meanings"].items()}
+        self.answers = {name: meaning.get("replies", {}) for name, meaning in self.grammar["meanings"].items()}
+        self.talk = {
+            name: weight for weight, names in self.grammar["talk"].items() for name in map(str.strip, names.split("|"))
+        }
+        self.unheard = itertools.count(1)  # words that are made up for one line
+
+    def patterns(self, line: Line) -> Iterator[Pattern]:
+        """All wordings that may answer a line. They keep the fillers of its slots, where they have the same ones."""
+        for meaning, chance in self.answers[line.meaning].items():
+            for way in self.ways[meaning]:
+                yield self._pattern(meaning, way, line.words, chance / len(self.ways[meaning]))
+
+    def _pattern(self, meaning: str, way: str, given: dict[str, str], chance: float) -> Pattern:
+        slots = ["".join(slot) for slot in dict.fromkeys(_SLOT.findall(way))]
+        words = {slot: given[slot] for slot in slots if slot in given}
+        free, taken = {}, Counter(slot.rstrip("23") for slot in words)
+        for slot in slots:
+            if slot not in words and not slot.startswith("word"):
+                kind = slot.rstrip("23")
+                free[slot] = len(self.fillers[kind]) - taken[kind]
+                taken[kind] += 1
+        return Pattern(meaning, way, words, chance, free)
+
+    def replies(self, line: Line) -> list[Line]:
+        """All that may answer a line, the likeliest first."""
+        found: dict[str, Line] = {}
+        for pattern in self.patterns(line):
+            for words in self._fillings(pattern.words, list(pattern.free)):
+                text, chance = said(pattern.way, words), pattern.chance / math.prod(pattern.free.values())
+                found[text] = Line(text, pattern.meaning, words, chance + (found[text].chance if text in found else 0))
+        return sorted(found.values(), key=lambda reply: -reply.chance)
+
+    def _fillings(self, words: dict[str, str], free: list[str]) -> Iterator[dict[str, str]]:
+        if not free:
+            yield words
+        else:
+            for word in self.choices(free[0], words):
+                yield from self._fillings(words | {free[0]: word}, free[1:])
+
+    def choices(self, slot: str, words: dict[str, str]) -> list[str]:
+        """What may stand in a slot: no filler of its kind is said twice in a line."""
+        return [word for word in self.fillers[slot.rstrip("23")] if word not in words.values()]
+
+    def say(self, meaning: str, given: dict[str, str], randomness: random.Random) -> Line:
+        """A line of this meaning, which keeps what is `given`. Its chance is that among all of this meaning."""
+        way = randomness.choice(self.ways[meaning])
+        pattern = self._pattern(meaning, way, given, 1 / len(self.ways[meaning]))
+        filled = dict(pattern.words)
+        for slot in dict.fromkeys("".join(slot) for slot in _SLOT.findall(way)):
+            if slot.startswith("word"):
+                filled[slot] = made_up(-next(self.unheard))
+            elif slot in pattern.free:
+                filled[slot] = randomness.choice(self.choices(slot, filled))
+        return Line(said(way, filled), meaning, filled, pattern.chance / math.prod(pattern.free.values()))
+
+    def scene(self, opening: Line, randomness: random.Random) -> list[Line]:
+        """A scene that opens with this line: each answers the one before it."""
+        lines = [opening]
+        while answers := self.answers[lines[-1].meaning]:
+            if len(lines) == LONGEST or (len(lines) > 1 and randomness.random() < self.grammar["stop"]):
+                break
+            meaning = randomness.choices(list(answers), answers.values())[0]
+            reply = self.say(meaning, lines[-1].words, randomness)
+            lines.append(dataclasses.replace(reply, chance=reply.chance * answers[meaning]))
+        return lines
+
+    def movies(self, seed: int) -> Iterator[list[list[Line]]]:
+        """One movie after another, without end: a list of scenes."""
+        randomness = random.Random(seed)
+        decks = {slot: _Deck(words, randomness) for slot, words in self.fillers.items()}
+        used: set[tuple] = set()
+        while True:
+            openings = []
+            for meaning, count in self.grammar["facts"].items():
+                for _ in range(count):
+                    openings += self._twins(meaning, self._combination(meaning, decks, used), randomness)
+            for meaning in randomness.choices(list(self.talk), self.talk.values(), k=self.grammar["talk_scenes"]):
+                opening = self.say(meaning, {}, randomness)
+                alone = self.grammar["meanings"][meaning].get("alone")
+                if not alone and randomness.random() < self.grammar["greeted"]:
+                    greeting = said(randomness.choice(self.fillers["greeting"]), {})
+                    text = greeting + randomness.choice([". ", "! ", ", Robin. "]) + opening.text
+                    opening = dataclasses.replace(opening, text=text)
+                openings.append(opening)
+            for place, opening in enumerate(openings):
+                if randomness.random() < self.grammar["unmarked"]:
+                    openings[place] = dataclasses.replace(opening, text=opening.text.rstrip(".!?"))
+            yield [self.scene(opening, randomness) for opening in openings]
+
+    def _combination(self, meaning: str, decks: dict[str, _Deck], used: set[tuple]) -> dict[str, str]:
+        """Fillers of a fact's slots, such that neither what is asked for nor what distracts stood anywhere before."""
+        slots = sorted({slot for way in self.ways[meaning] for slot in _SLOT.findall(way)})
+        while True:
+            words: dict[str, str] = {}
+            for slot, number in slots:
+                words[slot + number] = decks[slot].draw(but_not=words.get(slot))
+            keys = [
+                (meaning, *(words.get(slot + number, words.get(slot)) for slot in sorted({slot for slot, _ in slots})))
+                for number in {number for _, number in slots}
+            ]
+            if not used.intersection(keys):
+                used.update(keys)
+                return words
+
+    def _twins(self, meaning: str, words: dict[str, str], randomness: random.Random) -> Iterator[Line]:
+        """Two openings about one combination. Where there is something that distracts, the second one asks for it: what
+        was said is the same, only the question tells what to look at."""
+        other = words | {
+            slot: words[twin] for one in words for slot, twin in [(one, one + "2"), (one + "2", one)]
+            if slot in words and twin in words
+        }  # fmt: skip
+        for way, fillers in zip(randomness.sample(self.ways[meaning], 2), (words, other), strict=True):
+            slots = ["".join(slot) for slot in _SLOT.findall(way)]
+            yield Line(said(way, fillers), meaning, {slot: fillers[slot] for slot in slots})
+
+    def expected(self) -> dict[str, float]:
+        """How often each meaning is answered in a movie, on average."""
+        scale = self.grammar["talk_scenes"] / sum(self.talk.values())
+        at = {meaning: weight * scale for meaning, weight in self.talk.items()}
+        at |= {meaning: 2 * count for meaning, count in self.grammar["facts"].items()}
+        answered: Counter[str] = Counter()
+        for turn in range(1, LONGEST):
+            following: Counter[str] = Counter()
+            for meaning, number in at.items():
+                number *= bool(self.answers[meaning]) * (1 if turn == 1 else 1 - self.grammar["stop"])
+                answered[meaning] += number
+                following.update({reply: number * chance for reply, chance in self.answers[meaning].items()})
+            at = following
+        return +answered
+
+    def entropy(self, meaning: str) -> float:
+        """Of the answers to a line of this meaning, in nats: what a model that knows the world loses on average."""
+        line = self.say(meaning, {}, random.Random(1))
+        return sum(one.chance * math.log(math.prod(one.free.values()) / one.chance) for one in self.patterns(line))
+
+
+def said(way: str, words: dict[str, str]) -> str:
+    """A wording with its slots filled, as people write it."""
+    text = way.format(**{slot: word.title() if slot.startswith(CAPITAL) else word for slot, word in words.items()})
+    return re.sub(r"(?:^|[.!?] )[a-z]", lambda match: match[0].upper(), text)
+
+
+def scenes(exchanges: int = EXCHANGES, seed: int = 1) -> Iterator[list[list[Line]]]:
+    """The movies of a corpus of at least so many exchanges: the same arguments always give the same ones.
+    Beyond the default size new names are made up, so that a corpus of any size (300 thousand lines, 3 million) has
+    combinations of its own in every movie, and its vocabulary grows."""
+    made, per_movie = 0, 45
+    for movie in World(max(0, (exchanges - EXCHANGES) // per_movie // 5)).movies(seed):
+        yield movie
+        made += sum(len(scene) - 1 for scene in movie)
+        if made >= exchanges:
+            return
 
 
 def write_corpus(folder: str | Path, exchanges: int = EXCHANGES, seed: int = 1) -> Path:
-    """Write `movie_lines.txt` and `movie_conversations.txt` with at least that many exchanges into the folder.
-
-    The same arguments always give the same bytes. Beyond the default size new names are made up, so a corpus of any
-    size (300 thousand lines, 3 million) has combinations of its own in every movie, and its vocabulary grows.
-    """
-    folder = Path(folder)
-    with (
-        atomic_write(folder / "movie_lines.txt") as lines_file,
-        atomic_write(folder / "movie_conversations.txt") as conversations_file,
-    ):
-        number = made = 0
-        for movie, conversations in enumerate(_movies(exchanges, random.Random(seed))):
+    """Write `movie_lines.txt` and `movie_conversations.txt` into the folder."""
+    folder, number = Path(folder), 0
+    with atomic_write(folder / LINES) as lines_file, atomic_write(folder / CONVERSATIONS) as conversations_file:
+        for movie, conversations in enumerate(scenes(exchanges, seed)):
+            speakers = [(f"u{2 * movie}", "VISITOR"), (f"u{2 * movie + 1}", "ROBIN")]
             for conversation in conversations:
                 ids = [f"L{number + turn}" for turn in range(len(conversation))]
-                for turn, (line, text) in enumerate(zip(ids, conversation, strict=True)):
-                    lines_file.write(_record(line, f"u{2 * movie + turn % 2}", f"m{movie}", "AB"[turn % 2], text))
-                conversations_file.write(_record(f"u{2 * movie}", f"u{2 * movie + 1}", f"m{movie}", str(ids)))
+                for turn, line in enumerate(conversation):
+                    user, name = speakers[turn % 2]
+                    lines_file.write(_record(ids[turn], user, f"m{movie}", name, line.text))
+                conversations_file.write(_record(speakers[0][0], speakers[1][0], f"m{movie}", str(ids)))
                 number += len(ids)
-                made += len(ids) - 1
-            if made >= exchanges:
-                break
     return folder
 
 
 def _record(*fields: str) -> bytes:
     return (SEPARATOR.join(fields) + "\n").encode("iso-8859-1")
-
-
-def _movies(exchanges: int, randomness: random.Random) -> Iterator[list[list[str]]]:
-    """One movie after another, without end: a list of conversations, each a list of lines."""
-    exchanges_per_movie = 2 * PARAPHRASES * (len(KINDS) - 1)  # small talk, which some movies have, left aside
-    movies = exchanges // exchanges_per_movie + 1
-    decks = {slot: _Deck(words.split(), randomness) for slot, words in WORLD.items() if "|" not in words}
-    decks["name"] = _Deck(WORLD["name"].split() + [_made_up_name(i) for i in range(movies * 4 // 27 - 60)], randomness)
-    small_talk = [
-        {"greeting1": greeting, "smalltalk1": query, "answer1": answer}
-        for greeting in WORLD["greeting"].split("|")
-        for query, answer in (" ".join(item.split()).split("=") for item in WORLD["smalltalk"].split("|"))
-    ]
-    randomness.shuffle(small_talk)
-    used: set[tuple[str, ...]] = set()
-    while True:
-        conversations = []
-        for kind in KINDS:
-            if kind != "smalltalk":
-                for _ in range(4 - len(KINDS[kind])):  # where no third line follows, twice as many
-                    words = _combination(kind, decks, used)
-                    conversations += _conversations(kind, words, PARAPHRASES, randomness)
-            elif small_talk:
-                conversations += _conversations(kind, small_talk.pop(), len(KINDS[kind][0]), randomness)
-        yield conversations
-
-
-def _combination(kind: str, decks: dict[str, _Deck], used: set[tuple[str, ...]]) -> dict[str, str]:
-    """Fillers for the slots of a kind, such that neither what is asked for nor what distracts stood anywhere before."""
-    slots = sorted(set(_SLOT.findall(" ".join(KINDS[kind][0]))))
-    numbers = sorted({number for _, number in slots})
-    while True:
-        words: dict[str, str] = {}
-        for slot, number in slots:
-            words[slot + number] = decks[slot].draw(but_not=words.get(slot + "1"))
-        if kind == "meal":  # what is loved and what is hated belong together, either way round
-            keys = [(kind, words["name1"], words[a], words[b]) for a, b in (("food1", "food2"), ("food2", "food1"))]
-        else:  # what belongs to the first of two, and to the second, where a missing second name is the first's
-            keys = [(kind, *(words.get(s + n, words[s + "1"]) for s in sorted({s for s, _ in slots}))) for n in numbers]
-        if not used.intersection(keys):
-            used.update(keys)
-            return words
-
-
-def _conversations(kind: str, words: dict[str, str], count: int, randomness: random.Random) -> Iterator[list[str]]:
-    """`count` conversations about one combination, each opened by another paraphrase.
-
-    Every second one asks for what distracts in the others: what was said is the same, only the question tells what
-    to look at.
-    """
-    openings, *answers = KINDS[kind]
-    words = {slot: word.title() if slot[:-1] in ("name", "city", "day") else word for slot, word in words.items()}
-    swapped = words | {
-        slot[:-1] + "21"[slot[-1] == "2"]: word for slot, word in words.items() if slot[:-1] + "2" in words
-    }
-    for turn, opening in enumerate(randomness.sample(openings, count)):
-        lines = [line.format(**(swapped if turn % 2 else words)).strip() for line in (opening, *answers)]
-        yield [line[0].upper() + line[1:] for line in lines]
 
 
 class _Deck:
@@ -247,15 +250,81 @@ class _Deck:
         return self.draw() if word == but_not else word
 
 
-def _made_up_name(index: int) -> str:
-    consonants, vowels = "bdfgklmnprstvz", "aeiou"
-    index = (index * 999_983 + 314_159) % 70**4  # one to one, since 999,983 is prime
-    name = ""
-    for _ in range(4):
-        index, syllable = divmod(index, len(consonants) * len(vowels))
-        name += consonants[syllable // len(vowels)] + vowels[syllable % len(vowels)]
-    return name
+def made_up(index: int) -> str:
+    """A word of four syllables that is no English one, another for each of 194,481 numbers."""
+    index = (index * 99_991 + 31_415) % 21**4  # one to one, since 99,991 is prime
+    syllables = [consonant + vowel for consonant in "bdlmrvz" for vowel in "aeo"]
+    digits = [index // 21**place % 21 for place in range(4)]
+    return "".join(syllables[digit] for digit in digits)
+
+
+def known(tokenise: Callable[[str], list[str]], exchanges: int = EXCHANGES) -> dict[tuple[str, str], tuple[Line, Line]]:
+    """What stands behind each exchange of the corpus: the lines of query and response, by their words with blanks
+    between. The response's `chance` is its probability, given the query."""
+    pairs = (pair for movie in scenes(exchanges) for scene in movie for pair in itertools.pairwise(scene))
+    return {(" ".join(tokenise(query.text)), " ".join(tokenise(reply.text))): (query, reply) for query, reply in pairs}
+
+
+def page() -> str:
+    """docs/world.md: what follows from the grammar."""
+    world = World()
+    often, facts = world.expected(), world.grammar["facts"]
+    total = sum(often.values())
+    mean = sum(number * world.entropy(meaning) for meaning, number in often.items()) / total
+    rows = []
+    for meaning in sorted(often, key=lambda meaning: (-often[meaning], meaning))[:30]:
+        replies = ", ".join(f"{reply} {chance:g}" for reply, chance in world.answers[meaning].items())
+        example = world.say(meaning, {}, random.Random(1)).text
+        share, nats = f"{often[meaning] / total:.1%}", f"{world.entropy(meaning):.2f}"
+        rows.append(f"| {' | '.join([meaning, 'fact' * (meaning in facts), example, share, replies, nats])} |")
+    return PAGE.format(
+        exchanges=EXCHANGES, meanings=len(world.ways), wordings=sum(map(len, world.ways.values())), mean=mean,
+        per_movie=total, rows="\n".join(rows), stop=world.grammar["stop"], longest=LONGEST,
+        fillers=", ".join(f"{len(words)} of {slot}" for slot, words in world.fillers.items()),
+    )  # fmt: skip
+
+
+PAGE = r"""# The world of the embedded corpus
+
+The corpus in [corpora/sample](../corpora/sample) is drawn by a program, [world.py](../benchmarks/world.py), from a
+grammar that one can read, [world.yaml](../benchmarks/world.yaml). So every probability in it is known, and with them
+the least loss that any model can reach. This page is made by the same program (`python -m
+benchmarks.world corpora/sample docs/world.md`), and a test holds both to it.
+
+## How a scene is drawn
+
+A movie is a list of scenes, chains of two to {longest} lines between a visitor and Robin, a small machine. A line has a
+*meaning* (there are {meanings}) and is said in one of that meaning's wordings (there are {wordings} in all), which are
+equally likely. The next line's meaning is drawn with the probabilities that the grammar gives for the line before it,
+and depends on nothing else. It takes over the names and things of that line; others are drawn anew, all equally likely
+({fillers}).
+After each answer the scene ends with probability {stop:g}.
+
+*Facts* are about one combination of words, which is said in one movie only. There are always two scenes of it. Where
+something distracts (two things with two colours, two people at a place), the second scene asks for what distracts in
+the first one: what is said is the same, only the question tells what to look at. Since training, validation and test
+have different movies, what is held out are combinations that training has never seen. Words such as *dolemar* are made
+up for one line: nobody can know them, and a model learns to say so.
+
+## The least possible loss
+
+Let $P(r \mid q)$ be the probability of a response given its query. A model that knows the world loses on average
+
+$$H = \sum_q P(q) \sum_r -P(r \mid q) \ln P(r \mid q)$$
+
+nats per response, and nothing can lose less. Here $H$ = {mean:.3f}: the mean of the last column below, weighted by how
+often each meaning is answered, over the {per_movie:.1f} exchanges that a movie has on average. A particular corpus of
+{exchanges:,} exchanges comes near it, and what its responses cost is known one by one (`world.known`).
+
+The thirty meanings that are answered most often:
+
+| meaning | | for example | share | answered by | nats |
+|---|---|---|---|---|---|
+{rows}
+"""
 
 
 if __name__ == "__main__":
     write_corpus(sys.argv[1])
+    for target in sys.argv[2:]:
+        write_text(Path(target), page())

@@ -235,11 +235,11 @@ def prepare(corpus: Corpus, settings: Settings, base: Vocabulary | None = None) 
     commonest = {word: written.most_common(1)[0][0] for word, written in spelling.items() if word in vocabulary}
     vocabulary.spelling.update({word: form for word, form in commonest.items() if form != word})
     openers = list(first_lines.values())
+
+    def known(part: list) -> list:
+        return [line for line in part if all(word in vocabulary for word in line[1] + line[2])]
+
     if settings.rare_words == "drop":
-
-        def known(part: list) -> list:
-            return [line for line in part if all(word in vocabulary for word in line[1] + line[2])]
-
         report["rare word"] = sum(len(part) - len(known(part)) for part in kept.values())
         kept, openers = {name: known(part) for name, part in kept.items()}, known(openers)
     if settings.held_out_share == 0:
@@ -258,7 +258,7 @@ def prepare(corpus: Corpus, settings: Settings, base: Vocabulary | None = None) 
     source = {name: value for name, value in vars(corpus).items() if name != "exchanges"} | {"unit": unit}
     choices = repr([getattr(settings, name) for name in DATA_SETTINGS])
     made_from = digest(corpus.digest, choices, str(FORMAT), *vocabulary.words)
-    short = {spell(query, vocabulary.spelling) for _, query, _ in kept["train"] if len(query) <= 12}
+    short = {spell(query, vocabulary.spelling) for _, query, _ in known(kept["train"]) if len(query) <= 12}
     examples = random.Random(settings.seed).sample(sorted(short), min(6, len(short)))
     return Prepared(settings, vocabulary, splits, texts, report, counts, source, examples, made_from)
 

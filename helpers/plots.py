@@ -153,11 +153,15 @@ def chat_box(bot):
         replies.clear()
         history.value, look.disabled, picture.layout.display = "", True, "none"
 
+    suggestions = [widgets.Button(description=query, layout=widgets.Layout(width="auto")) for query in bot.examples]
+    for button in suggestions:
+        button.on_click(lambda pressed: setattr(line, "value", pressed.description))
     line.observe(answer, "value")
     decoder.observe(lambda change: setattr(temperature, "disabled", change["new"] != "sampling"), "value")
     look.on_click(show_attention)
     restart.on_click(start_over)
-    return widgets.VBox([history, line, widgets.HBox([decoder, temperature, look, restart]), picture])
+    beside = widgets.HBox(suggestions, layout=widgets.Layout(flex_flow="row wrap", max_width="50em"))
+    return widgets.VBox([history, line, beside, widgets.HBox([decoder, temperature, look, restart]), picture])
 
 
 def _smooth(values: Sequence[float], window: int) -> np.ndarray:

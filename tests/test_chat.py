@@ -1,4 +1,5 @@
 import dataclasses
+import html
 import io
 
 import pytest
@@ -135,8 +136,16 @@ def test_the_box_draws_attention_and_begins_anew(bot):
 
 
 def parts(box):
-    history, line, controls, picture = box.children
+    history, line, _, controls, picture = box.children
     return history, line, controls.children, picture
+
+
+def test_suggestions_stand_beside_the_box_and_are_said_at_a_click(bot):
+    box = chat_box(bot)
+    history, suggestions = box.children[0], box.children[2].children
+    assert [button.description for button in suggestions] == bot.examples
+    suggestions[0].click()
+    assert bot.reply(bot.examples[0]).text in html.unescape(history.value)
 
 
 def test_a_model_with_context_reads_the_line_before(bot):
