@@ -1,4 +1,4 @@
-"""The series from the command line: python -m helpers train | score | chat | latency"""
+"""The series from the command line: python -m helpers train | score | chat | latency | page"""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from helpers.run import Run, choose_device, display_path, write_json
+from helpers.run import Run, choose_device, display_path, write_json, write_text
 from helpers.settings import Settings, UserError, command_line, load_profile, parse_changes, user_errors
 from helpers.tracking import check_mode
 
@@ -145,6 +145,15 @@ def latency(options: argparse.Namespace) -> None:
         write_json(options.json, result)
 
 
+def page(options: argparse.Namespace) -> None:
+    """Write DIR/bot.html, one file with the bot in it that answers in any browser."""
+    from helpers import deploy
+
+    path = options.run.folder / "bot.html"
+    write_text(path, deploy.page(options.run, options.precision))
+    print(f"{display_path(path)}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 def count(text: str, least: int = 1) -> int:
     if not (text.isdecimal() and len(text) <= 10 and least <= int(text) <= 10**9):
         raise UserError(f"{text[:40]!r} is not a number from {least} to 1,000,000,000.")
@@ -182,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     begin.add_argument("--fresh", action="store_true", help="start over; a checkpoint there is kept under another name")
     command(score).add_argument("pairs", type=Path, metavar="PAIRS.tsv", help="lines of query, tab, response")
     command(latency).add_argument("--json", type=_file, metavar="FILE", help="write the figures here too")
+    half = {"choices": ["half", "int8"], "default": "half", "help": "of the weights; int8 makes the file half as large"}
+    command(page).add_argument("--precision", **half)
     talking, number = command(chat), functools.partial(count, least=0)
     talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
     talking.add_argument("--seed", type=number, default=0, metavar="N", help="of mmi and sampling")

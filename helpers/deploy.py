@@ -1,5 +1,6 @@
 """From a trained model to one that answers fast, and without this package: TorchScript, and what comes after it."""
 
+import base64
 import json
 import tempfile
 import warnings
@@ -12,9 +13,10 @@ from torch.nn import functional
 
 from helpers.decoding import GreedySearch, never_spoken
 from helpers.model import Memory, Seq2Seq
-from helpers.run import atomic_write, display_path, require
+from helpers.run import ROOT, Run, atomic_write, display_path, require
 from helpers.settings import UserError, user_errors
 from helpers.text import EOS, PAD, SOS, Vocabulary
+from helpers.training import load_model
 
 Runner = Callable[..., tuple[Tensor, ...]]
 
@@ -49,6 +51,24 @@ def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptMod
                 torch._cudnn_rnn_flatten_weight(gru._flat_weights, 4, inputs, 3, hidden, 0, 1, True, False)
         max_words = int(json.loads(extra["limits.json"])["max_words"])
         return scripted, Vocabulary.from_json(extra["vocabulary.json"]), max_words
+
+
+def page(run: Run, precision: str) -> str:
+    """`deploy/page.html` with the run's bot in it: weights in `half` precision, or in `int8` with a scale for each row."""
+    model, vocabulary, settings, examples = load_model(run.checkpoint, torch.device("cpu"))
+    source = {name: run.facts().get("corpus", {}).get(name, "") for name in ("name", "source")}  # which may be a path
+    bot = {"corpus": source["name"], "own": len({*source.values()}) > 1, "precision": precision, "examples": examples}
+    bot |= {"settings": settings.to_dict(), "vocabulary": json.loads(vocabulary.to_json()), "weights": {}}
+    bot["titles"] = {c: c.title() for c in sorted({*"".join(vocabulary.words)}) if c.title() != c.upper()}
+    for name, weight in model.named_parameters():
+        parts = [weight.detach().half()]
+        if precision == "int8" and weight.dim() == 2:
+            scale = weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+            parts = [scale, (weight / scale).round().to(torch.int8)]
+        packed = b"".join(part.numpy().tobytes() for part in parts)
+        bot["weights"][name] = weight.shape, base64.b64encode(packed).decode()
+    text = json.dumps(bot).replace("<", "\\u003c")  # no word of the vocabulary ends the script
+    return (ROOT / "deploy" / "page.html").read_text(encoding="utf-8").replace(">null<", f">{text}<")
 
 
 def quantised(model: Seq2Seq) -> Seq2Seq:
