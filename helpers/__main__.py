@@ -147,10 +147,10 @@ def latency(options: argparse.Namespace) -> None:
 
 def page(options: argparse.Namespace) -> None:
     """Write DIR/bot.html, one file with the bot in it that answers in any browser."""
-    from helpers import deploy
+    from helpers.deploy import page as filled
 
     path = options.run.folder / "bot.html"
-    write_text(path, deploy.page(options.run, options.precision))
+    write_text(path, filled(options.run, options.precision))
     print(f"{display_path(path)}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -170,7 +170,6 @@ def _file(text: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    modes = {"type": check_mode, "help": "off, offline or online"}
 
     def command(function, profile: str | None = None) -> argparse.ArgumentParser:
         added = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
@@ -184,15 +183,14 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     training = command(train, "")  # the one meant for the corpus
-    training.add_argument("--wandb", default="off", **modes)
+    training.add_argument("--wandb", default="off", type=check_mode, help="off, offline or online")
     training.add_argument("--start-from", type=Run, metavar="DIR", help="a run whose weights and words to start from")
     begin = training.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     begin.add_argument("--fresh", action="store_true", help="start over; a checkpoint there is kept under another name")
     command(score).add_argument("pairs", type=Path, metavar="PAIRS.tsv", help="lines of query, tab, response")
     command(latency).add_argument("--json", type=_file, metavar="FILE", help="write the figures here too")
-    half = {"choices": ["half", "int8"], "default": "half", "help": "of the weights; int8 makes the file half as large"}
-    command(page).add_argument("--precision", **half)
+    command(page).add_argument("--precision", choices=["half", "int8"], default="half", help="of the weights in it")
     talking, number = command(chat), functools.partial(count, least=0)
     talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
     talking.add_argument("--seed", type=number, default=0, metavar="N", help="of mmi and sampling")

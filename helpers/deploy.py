@@ -54,19 +54,17 @@ def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptMod
 
 
 def page(run: Run, precision: str) -> str:
-    """`deploy/page.html` with the run's bot in it: weights in `half` precision, or in `int8` with a scale for each row."""
+    """`deploy/page.html` with the run's bot in it, in `half` precision or with matrices in `int8` and a scale a row."""
     model, vocabulary, settings, examples = load_model(run.checkpoint, torch.device("cpu"))
-    source = {name: run.facts().get("corpus", {}).get(name, "") for name in ("name", "source")}  # which may be a path
-    bot = {"corpus": source["name"], "own": len({*source.values()}) > 1, "precision": precision, "examples": examples}
-    bot |= {"settings": settings.to_dict(), "vocabulary": json.loads(vocabulary.to_json()), "weights": {}}
-    bot["titles"] = {c: c.title() for c in sorted({*"".join(vocabulary.words)}) if c.title() != c.upper()}
-    for name, weight in model.named_parameters():
-        parts = [weight.detach().half()]
+    source = run.facts().get("corpus", {}).get("source", "")  # one that we know by name, or somebody's path
+    bot = {"corpus": Path(source).name, "own": Path(source).is_absolute(), "settings": settings.to_dict()}
+    bot |= {"vocabulary": vocabulary.to_json(), "examples": examples, "precision": precision, "weights": {}}
+    for name, weight in model.requires_grad_(False).named_parameters():
+        parts = [weight.half()]
         if precision == "int8" and weight.dim() == 2:
-            scale = weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+            scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
             parts = [scale, (weight / scale).round().to(torch.int8)]
-        packed = b"".join(part.numpy().tobytes() for part in parts)
-        bot["weights"][name] = weight.shape, base64.b64encode(packed).decode()
+        bot["weights"][name] = weight.shape, base64.b64encode(b"".join(p.numpy().tobytes() for p in parts)).decode()
     text = json.dumps(bot).replace("<", "\\u003c")  # no word of the vocabulary ends the script
     return (ROOT / "deploy" / "page.html").read_text(encoding="utf-8").replace(">null<", f">{text}<")
 
