@@ -265,12 +265,12 @@ def test_replies_are_spelt_as_pythons(half):
     lines = [tokenise(tricky(seed)) for seed in range(5000)]
     spelling = Chatbot.load(half.run, CPU).vocabulary.spelling
     lines += [luck.sample([*spelling, ".", "!", "¿", "?", "i"], 8) for luck in map(random.Random, range(500))]
-    lines += [[char] for char in map(chr, range(0x110000)) if unicodedata.category(char) == "Ll"]
+    lines += [[char] for char in map(chr, range(0x110000)) if known(char) and tokenise(char) == [char]]
     found = half.evaluate("lines => lines.map(spell)", lines)
     compared = [(text, spell(line, spelling)) for text, line in zip(found, lines, strict=True)]
     later = [text for text, expected in compared if text != expected and not known(text[0])]  # of a newer Unicode
     assert [pair for pair in compared if pair[0] != pair[1] and pair[0] not in later] == []
-    assert len(later) <= 2
+    assert len(later) < 20
 
 
 # Conversations
