@@ -185,19 +185,9 @@ def test_the_page_allows_its_own_script_and_style_alone(tag):
 def test_the_page_names_no_address_and_writes_no_text_as_html():
     addresses = set(re.findall(r"\bhttps?://[^\s\"']+", TEMPLATE))
     assert addresses == {"http://www.w3.org/2000/svg"}, "a namespace, which nobody fetches"
-    for way in (
-        "innerHTML",
-        "outerHTML",
-        "insertAdjacentHTML",
-        "document.write",
-        "src=",
-        "href=",
-        'onclick="',
-        'style="',
-    ):
-        assert way not in TEMPLATE, way
-    for way in ("eval(", "new Function", "fetch(", "XMLHttp", "WebSocket", "import(", "localStorage", "cookie"):
-        assert way not in TEMPLATE, way
+    markup = ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "src=", "href=", " style=", " on\\w+="]
+    for way in [*markup, "eval\\(", "Function\\(", "fetch\\(", "XMLHttp", "WebSocket", "import\\(", "localStorage"]:
+        assert not re.search(way, TEMPLATE), way
 
 
 def inside(text):
