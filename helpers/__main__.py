@@ -149,9 +149,8 @@ def page(options: argparse.Namespace) -> None:
     """Write DIR/bot.html, one file with the bot in it that answers in any browser."""
     from helpers.deploy import page as filled
 
-    path = options.run.folder / "bot.html"
-    write_text(path, filled(options.run, options.precision))
-    print(f"{display_path(path)}: {path.stat().st_size / 1e6:.1f} MB")
+    write_text(options.run.page, filled(options.run, options.precision))
+    print(f"{display_path(options.run.page)}: {options.run.page.stat().st_size / 1e6:.1f} MB")
 
 
 def count(text: str, least: int = 1) -> int:

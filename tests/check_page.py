@@ -86,7 +86,7 @@ def opened(browser, tmp_path_factory):
         page.on("pageerror", lambda error: page.wrong.append(str(error)))
         page.on("console", lambda message: page.wrong.append(message.text))
         page.on("dialog", lambda dialog: page.wrong.append(dialog.message) or dialog.dismiss())
-        page.goto((folder / "bot.html").as_uri())
+        page.goto(Run(folder).page.as_uri())
         page.wait_for_selector("#log .bot")
         page.run = Run(folder)
         return page
@@ -321,7 +321,7 @@ def test_hostile_lines_do_no_harm(opened):
     assert max(len(text) for text in said.all_inner_texts()) < 5000
     assert page.evaluate("document.querySelectorAll('script, img, iframe, object, a').length") == before
     assert not page.wrong
-    assert page.asked == [(page.run.folder / "bot.html").as_uri()]
+    assert page.asked == [page.run.page.as_uri()]
 
 
 def test_hostile_lines_are_answered_as_by_python(half):

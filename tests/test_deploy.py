@@ -201,7 +201,7 @@ def test_a_page_carries_the_whole_bot(trained, precision, tmp_path, capsys):
     shutil.copy(trained.checkpoint, run.checkpoint)
     run.record(corpus={"name": "<shop>", "source": "/home/somebody/<shop>.tsv"})
     assert main(["page", "--run", str(tmp_path), "--precision", precision]) == 0
-    text = (tmp_path / "bot.html").read_text(encoding="utf-8")
+    text = run.page.read_text(encoding="utf-8")
     assert f"bot.html: {len(text.encode()) / 1e6:.1f} MB" in capsys.readouterr().out
     assert text == page(run, precision), "twice the same"
     bot, (model, vocabulary, settings, examples) = inside(text), load_model(run.checkpoint, CPU)
