@@ -1,4 +1,4 @@
-"""The series from the command line: python -m helpers train | score | chat | latency"""
+"""The series from the command line: python -m helpers train | score | chat | latency | page"""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from helpers.run import Run, choose_device, display_path, write_json
+from helpers.run import Run, choose_device, display_path, write_json, write_text
 from helpers.settings import Settings, UserError, command_line, load_profile, parse_changes, user_errors
 from helpers.tracking import check_mode
 
@@ -145,6 +145,14 @@ def latency(options: argparse.Namespace) -> None:
         write_json(options.json, result)
 
 
+def page(options: argparse.Namespace) -> None:
+    """Write DIR/bot.html, one file with the bot in it that answers in any browser."""
+    from helpers.deploy import page as filled
+
+    write_text(options.run.page, filled(options.run, options.precision))
+    print(f"{display_path(options.run.page)}: {options.run.page.stat().st_size / 1e6:.1f} MB")
+
+
 def count(text: str, least: int = 1) -> int:
     if not (text.isdecimal() and len(text) <= 10 and least <= int(text) <= 10**9):
         raise UserError(f"{text[:40]!r} is not a number from {least} to 1,000,000,000.")
@@ -161,7 +169,6 @@ def _file(text: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    modes = {"type": check_mode, "help": "off, offline or online"}
 
     def command(function, profile: str | None = None) -> argparse.ArgumentParser:
         added = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
@@ -175,13 +182,14 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     training = command(train, "")  # the one meant for the corpus
-    training.add_argument("--wandb", default="off", **modes)
+    training.add_argument("--wandb", default="off", type=check_mode, help="off, offline or online")
     training.add_argument("--start-from", type=Run, metavar="DIR", help="a run whose weights and words to start from")
     begin = training.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     begin.add_argument("--fresh", action="store_true", help="start over; a checkpoint there is kept under another name")
     command(score).add_argument("pairs", type=Path, metavar="PAIRS.tsv", help="lines of query, tab, response")
     command(latency).add_argument("--json", type=_file, metavar="FILE", help="write the figures here too")
+    command(page).add_argument("--precision", choices=["half", "int8"], default="half", help="of the weights in it")
     talking, number = command(chat), functools.partial(count, least=0)
     talking.add_argument("--decoder", default="", help="mmi (the default where trained for), greedy, beam, sampling")
     talking.add_argument("--seed", type=number, default=0, metavar="N", help="of mmi and sampling")

@@ -1,5 +1,6 @@
 """From a trained model to one that answers fast, and without this package: TorchScript, and what comes after it."""
 
+import base64
 import json
 import tempfile
 import warnings
@@ -12,9 +13,10 @@ from torch.nn import functional
 
 from helpers.decoding import GreedySearch, never_spoken
 from helpers.model import Memory, Seq2Seq
-from helpers.run import atomic_write, display_path, require
+from helpers.run import ROOT, Run, atomic_write, display_path, require
 from helpers.settings import UserError, user_errors
 from helpers.text import EOS, PAD, SOS, Vocabulary
+from helpers.training import load_model
 
 Runner = Callable[..., tuple[Tensor, ...]]
 
@@ -49,6 +51,22 @@ def load_scripted(path: Path, device: torch.device) -> tuple[torch.jit.ScriptMod
                 torch._cudnn_rnn_flatten_weight(gru._flat_weights, 4, inputs, 3, hidden, 0, 1, True, False)
         max_words = int(json.loads(extra["limits.json"])["max_words"])
         return scripted, Vocabulary.from_json(extra["vocabulary.json"]), max_words
+
+
+def page(run: Run, precision: str) -> str:
+    """`deploy/page.html` with the run's bot in it, in `half` precision or with matrices in `int8` and a scale a row."""
+    model, vocabulary, settings, examples = load_model(run.checkpoint, torch.device("cpu"))
+    source = run.facts().get("corpus", {}).get("source", "")  # one that we know by name, or somebody's path
+    bot = {"corpus": Path(source).name, "own": Path(source).is_absolute(), "settings": settings.to_dict()}
+    bot |= {"vocabulary": vocabulary.to_json(), "examples": examples, "precision": precision, "weights": {}}
+    for name, weight in model.requires_grad_(False).named_parameters():
+        parts = [weight.half()]
+        if precision == "int8" and weight.dim() == 2:
+            scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+            parts = [scale, (weight / scale).round().to(torch.int8)]
+        bot["weights"][name] = weight.shape, base64.b64encode(b"".join(p.numpy().tobytes() for p in parts)).decode()
+    text = json.dumps(bot).replace("<", "\\u003c")  # no word of the vocabulary ends the script
+    return (ROOT / "deploy" / "page.html").read_text(encoding="utf-8").replace(">null<", f">{text}<")
 
 
 def quantised(model: Seq2Seq) -> Seq2Seq:

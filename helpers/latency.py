@@ -53,35 +53,26 @@ def variants(subject: Subject, compilation: bool) -> dict[str, Variant]:
     graphs = "" if cuda else "not measured: it takes a CUDA device"
     blocks = partial(BlockSearch, longest_query=subject.test.queries.size(1))
     recorded = partial(blocks, count=BLOCK, build_encoder=captured)
-
-    def int8() -> tuple[Search, nn.Module]:
-        scripted = script(quantised(model))
-        return scripted, scripted.model
+    tf32 = products("tf32")(captured)
 
     def fused(steps, example):
         return captured(compiled(steps, example), example)
-
-    def tf32() -> tuple[Search, nn.Module]:
-        def build(work, example):
-            with products("tf32"):
-                return captured(work, example)
-
-        return recorded(model, build, build_encoder=build), model
 
     def bf16() -> tuple[Search, nn.Module]:
         half = copy.deepcopy(model).to(torch.bfloat16)
         return recorded(half, captured), half
 
+    kernels = "its int8 kernels are for CPUs" if cuda else ""
     return {
         "textbook": Variant(lambda: (partial(textbook, model), None), False, "" if textbook else "notebook 07 has it"),
         "eager": Variant(lambda: (GreedySearch(model).eval(), None)),
         "TorchScript": Variant(lambda: (script(model), None)),
-        "TorchScript int8": Variant(int8, True, "its int8 kernels are for CPUs" if cuda else ""),
+        "TorchScript int8": Variant(lambda: (search := script(quantised(model)), search.model), True, kernels),
         "torch.compile": Variant(lambda: (blocks(model, compiled), None), False, compiler),
         "AOTInductor": Variant(lambda: (blocks(model, exported), None), False, compiler),
         "CUDA graphs": Variant(lambda: (recorded(model, captured), None), False, graphs),
         "CUDA graphs, compiled": Variant(lambda: (recorded(model, fused), None), False, graphs or compiler),
-        "CUDA graphs TF32": Variant(tf32, True, graphs),
+        "CUDA graphs TF32": Variant(lambda: (recorded(model, tf32, build_encoder=tf32), model), True, graphs),
         "CUDA graphs bf16": Variant(bf16, True, graphs),
     }
 

@@ -33,7 +33,7 @@ class Run:
         self.manifest = self.folder / "manifest.json"
         self.figures = self.folder / "figures"
         self.latency = self.folder / "latency.csv"
-        self.scripted = self.folder / "scripted.pt"
+        self.scripted, self.page = self.folder / "scripted.pt", self.folder / "bot.html"  # the bot outside this project
         self.sweep = self.folder / "sweep"
 
     @classmethod

@@ -1,16 +1,23 @@
+import base64
 import copy
+import hashlib
+import json
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from helpers.__main__ import main
 from helpers.decoding import GreedySearch
-from helpers.deploy import BlockSearch, captured, cell, compiled, load_scripted, quantised, save_scripted, script
+from helpers.deploy import BlockSearch, captured, cell, compiled, load_scripted, page, quantised, save_scripted, script
 from helpers.evaluation import evaluate
 from helpers.latency import answers, parity
 from helpers.model import new_model
+from helpers.run import ROOT, Run
 from helpers.settings import UserError
 from helpers.training import load_model
 from tests.conftest import CPU, TINY
@@ -157,3 +164,70 @@ def test_tracing_freezes_the_length_of_the_reply(saved):
         traced = torch.jit.trace(eager, (query, lengths, torch.tensor(1)), check_trace=False)
         assert traced(query, lengths, torch.tensor(9)).size(1) == 1
         assert eager(query, lengths, 9).size(1) > 1
+
+
+TEMPLATE = (ROOT / "deploy" / "page.html").read_text(encoding="utf-8")
+
+
+def part(text, tag):
+    """What stands in the page's element of this name, of scripts in that which runs."""
+    return re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("tag", ["script", "style"])
+def test_the_page_allows_its_own_script_and_style_alone(tag):
+    own = base64.b64encode(hashlib.sha256(part(TEMPLATE, tag).encode()).digest()).decode()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', TEMPLATE)[1].split("; ")
+    assert policy[0] == "default-src 'none'"
+    assert f"{tag}-src 'sha256-{own}'" in policy
+
+
+def test_the_page_names_no_address_and_writes_no_text_as_html():
+    addresses = set(re.findall(r"\bhttps?://[^\s\"']+", TEMPLATE))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "a namespace, which nobody fetches"
+    markup = ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "src=", "href=", " style=", " on\\w+="]
+    for way in [*markup, "eval\\(", "Function\\(", "fetch\\(", "XMLHttp", "WebSocket", "import\\(", "localStorage"]:
+        assert not re.search(way, TEMPLATE), way
+
+
+def inside(text):
+    """What a filled page carries."""
+    return json.loads(re.search(r'<script type="application/json" id="bot">(.*?)</script>', text)[1])
+
+
+@pytest.mark.parametrize("precision", ["half", "int8"])
+def test_a_page_carries_the_whole_bot(trained, precision, tmp_path, capsys):
+    run = Run(tmp_path)
+    shutil.copy(trained.checkpoint, run.checkpoint)
+    run.record(corpus={"name": "<shop>", "source": "/home/somebody/<shop>.tsv"})
+    assert main(["page", "--run", str(tmp_path), "--precision", precision]) == 0
+    text = run.page.read_text(encoding="utf-8")
+    assert f"bot.html: {len(text.encode()) / 1e6:.1f} MB" in capsys.readouterr().out
+    assert text == page(run, precision), "twice the same"
+    bot, (model, vocabulary, settings, examples) = inside(text), load_model(run.checkpoint, CPU)
+    assert (bot["settings"], bot["examples"], bot["precision"]) == (settings.to_dict(), examples, precision)
+    assert json.loads(bot["vocabulary"]) == json.loads(vocabulary.to_json())
+    assert (bot["corpus"], bot["own"]) == ("<shop>.tsv", True)
+    assert "somebody" not in text
+    assert text.count("</script>") == 2
+    assert set(bot["weights"]) == {name for name, _ in model.named_parameters()}
+    for name, weight in model.named_parameters():
+        shape, packed = bot["weights"][name]
+        packed, weight = base64.b64decode(packed), weight.detach().numpy()
+        assert tuple(shape) == weight.shape
+        if precision == "int8" and weight.ndim == 2:
+            scale = np.frombuffer(packed, np.float32, len(weight))[:, None]
+            found = np.frombuffer(packed, np.int8, weight.size, 4 * len(weight)).reshape(shape) * scale
+            assert np.all(np.abs(found - weight) <= 0.5001 * scale), name
+        else:
+            assert np.array_equal(np.frombuffer(packed, np.float16).reshape(shape), weight.astype(np.float16)), name
+
+
+def test_the_embedded_corpus_is_known_and_one_that_nobody_noted_is_not(trained, tmp_path):
+    run = Run(tmp_path)
+    shutil.copy(trained.checkpoint, run.checkpoint)
+    assert (inside(page(run, "half"))["corpus"], inside(page(run, "half"))["own"]) == ("", False)
+    run.record(corpus={"name": "sample", "source": "sample"})
+    assert (inside(page(run, "half"))["corpus"], inside(page(run, "half"))["own"]) == ("sample", False)
+    with pytest.raises(UserError, match="missing"):
+        page(Run(tmp_path / "elsewhere"), "half")

@@ -225,7 +225,7 @@ def check() -> None:
         two = ["-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
         longest_first = [f"notebooks/{name}.ipynb" for name in reversed(NOTEBOOKS)]
         call("-m", "pytest", *two, *nbval, *longest_first, CHATBOT_RUNS=copy, OMP_NUM_THREADS="1")
-        checks = [f"tests/check_{what}.py" for what in ("run", "browser", "gpu")]
+        checks = [f"tests/check_{what}.py" for what in ("run", "browser", "page", "cpp", "gpu")]
         call("-m", "pytest", *checks, CHATBOT_RUNS=copy)
 
 
