@@ -3,14 +3,15 @@
     python -m benchmarks.race --corpus PATH    # results/transformer-DEVICE.json; PATH is for the task `excerpt`
 
 Three tasks: copying (and lines longer than any that was trained on), the embedded world, and an excerpt of films. For
-each, both models are sized to one number of parameters, and both run the same sweep of layers and learning rates, a
-third as long as the races; each one's best by validation loss then runs with three seeds. Both train with `fit`, and
-only the time of updates counts, not that of validations. What is in the file already is not run again.
+each, both models are sized to one number of parameters, and both run the same sweep of layers, learning rates and
+dropout, a third as long as the races; each one's best by validation loss then runs with three seeds. Both train with
+`fit`, and only the time of updates counts, not that of validations. What is in the file already is not run again.
 """
 
 import argparse
 import bisect
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -41,7 +42,8 @@ from helpers.text import Vocabulary
 from helpers.training import fit
 
 MODELS: dict[str, Callable[[Settings, int], Seq2Seq]] = {"GRU": new_model, "Transformer": new_transformer}
-LAYERS, RATES, SEEDS = (1, 2), (1e-3, 2e-3, 4e-3, 8e-3), 3
+LAYERS, RATES, DROPOUTS, SEEDS = (1, 2), (1e-3, 2.5e-3, 6e-3), (0.0, 0.2), 3
+CHOSEN = ("layers", "learning_rate", "dropout")  # by the sweep
 COPIED = range(2, 11)  # words of a line that training copies
 LONGEST = 16  # words of a line that the trained models are asked to copy
 COPY_WORDS = [f"{letter}{number}" for letter in "abcde" for number in range(4)]
@@ -158,7 +160,7 @@ def race(name: str, task: Task, found: dict, save: Callable[[], None], device: t
     runs, models = found["runs"], dict[str, Seq2Seq]()
 
     def once(model: str, settings: Settings, trial: bool) -> dict:
-        changed = {key: getattr(settings, key) for key in ("layers", "learning_rate", "updates", "seed")}
+        changed = {key: getattr(settings, key) for key in (*CHOSEN, "updates", "seed")}
         facts = {"task": name, "model": model, "trial": trial, **changed}
         for run in runs:
             if facts.items() <= run.items():
@@ -173,17 +175,16 @@ def race(name: str, task: Task, found: dict, save: Callable[[], None], device: t
         runs.append(run)
         save()
         what = "trial" if trial else f"seed {settings.seed}"
-        shape = f"{settings.layers} layer(s), rate {settings.learning_rate:g}"
+        shape = f"{settings.layers} layer(s), rate {settings.learning_rate:g}, dropout {settings.dropout:g}"
         print(f"{name}, {model}, {what}: {shape}: {run['best']:.3f} nats, {run['curve'][-1][0]:.0f} s", flush=True)
         return run
 
     for model in MODELS:
         third = task.settings.change(updates=max(task.settings.updates // 3, 1))
-        trials = [
-            once(model, third.change(layers=layers, learning_rate=rate), True) for layers in LAYERS for rate in RATES
-        ]
+        grid = itertools.product(LAYERS, RATES, DROPOUTS)
+        trials = [once(model, third.change(**dict(zip(CHOSEN, choice, strict=True))), True) for choice in grid]
         best = min(trials, key=lambda run: run["best"])
-        chosen = {key: best[key] for key in ("layers", "learning_rate")}
+        chosen = {key: best[key] for key in CHOSEN}
         for seed in range(1, SEEDS + 1):
             once(model, task.settings.change(seed=seed, **chosen), False)
     return models
@@ -218,7 +219,7 @@ def summary(found: dict) -> pd.DataFrame:
             best = [run["best"] for run in own]
             soon = [min((n for s, _, n in run["curve"] if s <= limit), default=math.nan) for run in own]
             rows.append({
-                "task": name, "model": model, "layers": own[0]["layers"], "learning rate": own[0]["learning_rate"],
+                "task": name, "model": model, **{key.replace("_", " "): own[0][key] for key in CHOSEN},
                 "parameters": own[0]["parameters"], "seeds": len(own), "nats": np.mean(best), "±": np.ptp(best) / 2,
                 "nats, equal seconds": np.mean(soon), "seconds": np.mean([run["curve"][-1][0] for run in own]),
                 "exact": np.mean([run.get("exact", math.nan) for run in own]),
@@ -261,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if model not in models:  # trained in an earlier call
                     first = next(run for run in found["runs"] if (run["task"], run["model"], run["trial"], run["seed"])
                                  == (name, model, False, 1))  # fmt: skip
-                    shape = {key: first[key] for key in ("layers", "embedding_size", "hidden_size", "learning_rate")}
+                    shape = {key: first[key] for key in ("embedding_size", "hidden_size", *CHOSEN)}
                     models[model] = trained(model, task, task.settings.change(**shape), options.device)[0]
             found["latency"] = waiting(models, task.data, options.device)
             write_json(file, found)

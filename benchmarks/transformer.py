@@ -28,10 +28,11 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, heads
 
 
 def waves(first: int, places: int, size: int, device: torch.device) -> Tensor:
-    """Positions (places, size), the first of them number `first`: a sine and a cosine for each of size/2 wave lengths
-    (section 3.5 there, but with all sines before all cosines). They have no end, so no sentence is too long."""
+    """Positions (places, size), the first of them number `first`: a sine and a cosine for each of size/2 rates, from 1
+    down to 1/30 (section 3.5 there, whose rates, for longer texts, go down to 1/10,000; and here all sines come before
+    all cosines). They have no end, so no line is too long."""
     position = torch.arange(first, first + places, device=device).unsqueeze(1)
-    rates = torch.exp(torch.arange(0, size, 2, device=device) * (-math.log(10000.0) / size))
+    rates = torch.exp(torch.arange(0, size, 2, device=device) * (-math.log(30.0) / size))
     return torch.cat([torch.sin(position * rates), torch.cos(position * rates)], 1)
 
 
@@ -147,7 +148,7 @@ class Transformer(Seq2Seq):
 
     def place(self, words: Tensor, first: int) -> Tensor:
         """words (batch, time), the first of them at place `first`, to vectors (batch, time, size)."""
-        x = self.embedding(words) * math.sqrt(self.size)  # of about the size of the waves
+        x = self.embedding(words) * math.sqrt(self.size / 2)  # as large as the waves, at first
         return self.dropout(x + waves(first, words.size(1), self.size, words.device).to(x.dtype))
 
     def encode(self, query: Tensor, lengths: Tensor) -> tuple[Memory, State]:

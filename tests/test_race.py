@@ -17,6 +17,7 @@ SMALL = race.COPY.change(embedding_size=16, hidden_size=16, updates=12, batch_si
 def short(monkeypatch):
     """Races of a moment."""
     monkeypatch.setattr(race, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(race, "DROPOUTS", (0.0,))
     monkeypatch.setattr(race, "SEEDS", 2)
     return race.copying(SMALL, count=20)
 
