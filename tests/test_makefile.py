@@ -34,7 +34,7 @@ shutil.copy(source, target)
 for product in ("data.pt", "checkpoint.pt", "scripted.pt"):
     (target.parents[1] / product).touch()
 """
-ALL = ["01", "02", "03", "04", "05", "06", "07"]
+ALL = ["01", "02", "03", "04", "05", "06", "07", "08"]
 
 
 def clean(**more: str) -> dict[str, str]:
@@ -112,12 +112,12 @@ def test_the_time_of_a_file_and_the_outputs_of_a_notebook_make_nothing_stale(mak
 @pytest.mark.parametrize(
     ("changed", "again"),
     [
-        ("notebooks/03_training.ipynb", ["03", "04", "06", "07"]),
+        ("notebooks/03_training.ipynb", ["03", "04", "06", "07", "08"]),
         ("notebooks/04_decoding_and_chat.ipynb", ["04"]),
         ("helpers/text.py", ALL),
         ("notebooks/profiles/sample.yaml", ALL),
         ("corpora/sample/movie_lines.txt", ALL),
-        ("benchmarks/textbook.py", ["02", "03", "04", "05", "06", "07"]),
+        ("benchmarks/textbook.py", ["02", "03", "04", "05", "06", "07", "08"]),
     ],
 )
 def test_what_has_other_contents_is_run_again_with_all_that_needs_it(make, changed, again):

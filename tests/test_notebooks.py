@@ -31,6 +31,7 @@ PARAMETERS = {
     "01": {"overrides": SHORT},
     "05": {"trials": 6, "updates": 20},
     "07": {"replies_timed": 10},
+    "08": {"school_updates": 60, "corpus_updates": 60},
 }
 # Each notebook's cells in one plain IPython, up to the first error.
 PLAIN = """
@@ -112,7 +113,7 @@ def test_every_notebook_without_its_input_says_which_one_makes_it():
     command = [sys.executable, "-c", PLAIN, *map(str, NOTEBOOKS[1:])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "notebooks", check=True)
     said = re.findall("FIRST ERROR (.*)", done.stdout)
-    assert len(said) == 6
+    assert len(said) == 7
     assert all("UserError" in line and "01_data_preparation makes it" in line for line in said), said
 
 

@@ -62,8 +62,8 @@ def test_the_package_stays_small(rooms, most):
     assert sum(lines.values()) <= most, lines
 
 
-def test_there_are_seven_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, 8)]
+def test_there_are_eight_notebooks():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, 9)]
 
 
 def prose(path: Path) -> str:

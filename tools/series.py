@@ -45,6 +45,7 @@ NOTEBOOKS = {
     "05_hyperparameter_sweep": (["01_data_preparation"], ""),
     "06_profiling": (["03_training"], ""),
     "07_torchscript_and_latency": (["03_training"], "scripted.pt"),
+    "08_from_here_to_transformers": (["03_training"], ""),
     "solutions": (["03_training"], ""),
 }
 NUMBERED = [name for name in NOTEBOOKS if name[0] == "0"]
@@ -191,7 +192,7 @@ def jobs() -> int:
 
 
 def run_all() -> None:
-    """notebooks 01 to 07 in order; executed copies and all results in runs/NAME; -j4 runs several at once"""
+    """notebooks 01 to 08 in order; executed copies and all results in runs/NAME; -j4 runs several at once"""
     series = Series()
     series.update()
     print(f"Done: runs/{series.name} holds the executed notebooks, the checkpoint, figures and tables.")
