@@ -31,24 +31,15 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG file's bytes, for a widget; the figure is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
 def bars(values: dict[str, float], xlabel: str, fmt: str = "{:,.0f}") -> Figure:
     """Named values as horizontal bars with the numbers beside them."""
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(values)))
-    drawn = axes.barh(list(values), list(values.values()), color=BLUE)
-    axes.bar_label(drawn, [fmt.format(value) for value in values.values()], padding=3)
+    size = (7, 0.6 + 0.32 * len(values))
+    axes = pd.Series(values).plot.barh(figsize=size, width=0.8, color=BLUE, xlabel=xlabel)
+    axes.bar_label(axes.containers[0], [fmt.format(value) for value in values.values()], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(xlabel)
-    return figure
+    return axes.figure
 
 
 def training_curves(rows: Sequence[dict], clip: float = 0.0, window: int = 25) -> Figure:
@@ -146,7 +137,10 @@ def chat_box(bot):
 
     def show_attention(_) -> None:
         query, words, weights = bot.attention(replies[-1])
-        picture.value = png(attention(query, words, weights.numpy()).figure)
+        figure, buffer = attention(query, words, weights.numpy()).figure, io.BytesIO()
+        figure.savefig(buffer, format="png", bbox_inches="tight")
+        plt.close(figure)
+        picture.value = buffer.getvalue()
         picture.layout.display = "block"
 
     def start_over(_) -> None:

@@ -251,9 +251,8 @@ class Worker:
 
         state, value, what = TrialState.FAIL, None, "interrupted"
         try:
-            with Tracker(
-                self.tracking, folder.folder, config(settings, self.prepared), label, study.study_name
-            ) as tracker:
+            facts = settings.to_dict() | {"corpus": self.prepared.corpus["name"]}
+            with Tracker(self.tracking, folder.folder, facts, label, study.study_name) as tracker:
                 loss = train_trial(folder, self.prepared, settings, self.device, report)
             state, value, what = TrialState.COMPLETE, loss, f"{LOSS} {loss:.3f}"
         except Stopped:
@@ -289,11 +288,6 @@ def train_trial(run: Run, prepared: Prepared, settings: Settings, device: torch.
     finally:
         run.checkpoint.unlink(missing_ok=True)  # sixty would fill a disk; the best settings are trained again
     return run.facts()["progress"]["best_loss"]
-
-
-def config(settings: Settings, prepared: Prepared) -> dict:
-    """What W&B keeps of a trial's choices."""
-    return settings.to_dict() | {"corpus": prepared.corpus["name"]}
 
 
 def trial_table(study: optuna.Study) -> pd.DataFrame:

@@ -25,7 +25,6 @@ from helpers.settings import NAMES, Settings, UserError, command_line, load_prof
 from helpers.sweep import (
     LOSS,
     OWN_FAILURES,
-    config,
     join_sweep,
     open_study,
     read_sweep,
@@ -181,7 +180,8 @@ def agent_trial(run: Run, changes: dict, tracking: str, device: torch.device, da
         raise UserError(f"{display_path(here.data)} is not what this sweep trains on. {SAME}")
     settings, folder = trial_settings(prepared.settings, changes), Run(here.folder / name)
     try:
-        with Tracker(tracking, folder.folder, config(settings, prepared)) as tracker:
+        facts = settings.to_dict() | {"corpus": prepared.corpus["name"]}
+        with Tracker(tracking, folder.folder, facts) as tracker:
             signal.signal(signal.SIGTERM, tracker.stop)
             said = f"{LOSS} {train_trial(folder, prepared, settings, device, tracker.log):.4f}"
     except (Stopped, *OWN_FAILURES) as error:
