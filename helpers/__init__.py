@@ -15,7 +15,7 @@
     sweep        a search space, its trials and their workers                            05
     importance   what moved the loss, by several measures                                05
     profiling    where time and memory go                                                06
-    deploy       TorchScript, quantisation, and what comes after TorchScript             07
+    deploy       TorchScript, quantisation, what comes after; a page without Python      07
     latency      parity first, then milliseconds                                         07
     __main__     the commands: python -m helpers --help
 

@@ -190,6 +190,13 @@ def test_the_page_names_no_address_and_writes_no_text_as_html():
         assert not re.search(way, TEMPLATE), way
 
 
+def test_the_page_stays_small():
+    """It is there to be read, from top to bottom."""
+    lines = part(TEMPLATE, "script").splitlines()
+    assert len(lines) <= 460
+    assert max(map(len, lines)) <= 120
+
+
 def inside(text):
     """What a filled page carries."""
     return json.loads(re.search(r'<script type="application/json" id="bot">(.*?)</script>', text)[1])

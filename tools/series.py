@@ -217,7 +217,7 @@ def unit() -> None:
 
 
 def check() -> None:
-    """the committed notebooks on a copy of the run, the checkpoint's answers, with Chromium a reader's visit"""
+    """the committed notebooks on a copy of the run, its bot in Python, in Chromium and in C++, a reader's visit"""
     series = Series()
     series.update()
     with tempfile.TemporaryDirectory() as copy:
