@@ -102,7 +102,8 @@ def test_free_running_feeds_back_the_models_own_words(prepared):
 def test_score_charges_unknown_words_and_cuts_nothing(prepared):
     vocabulary = Vocabulary(prepared.vocabulary.words[4:], unknown_types=100)
     model = new_model(TINY, len(vocabulary)).eval()
-    known = " ".join(prepared.texts["test"][0][1].split() * 10)
+    replies = (reply.split() for _, reply in prepared.texts["test"])
+    known = " ".join(next(words for words in replies if all(word in vocabulary for word in words)) * 10)
     result = score(model, vocabulary, [("hello", known), ("hello", "zebra xylophone")])
     assert result["pairs"] == 2
     assert result["tokens"] == len(known.split()) + 1 + 3
