@@ -42,7 +42,7 @@ WIDTHS = """all => Promise.all(all.map(async picture => {
 def lab(tmp_path):
     """JupyterLab's address, serving copies from a root as `make lab` does, with settings of its own."""
     root = tmp_path / "root"
-    for folder in ("notebooks", "images", "helpers", "results"):
+    for folder in ("benchmarks", "docs", "notebooks", "images", "helpers", "results"):
         shutil.copytree(ROOT / folder, root / folder)
     settings = tmp_path / "settings" / "@jupyterlab"
     for plugin, name in (("apputils-extension", "notification"), ("notebook-extension", "tracker")):
