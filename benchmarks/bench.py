@@ -45,7 +45,6 @@ from helpers.settings import Settings, UserError, command_line, load_profile
 from helpers.text import PAD, Vocabulary
 
 LINES = (30_000, 304_713, 3_000_000)  # the middle one is the whole Cornell corpus's number
-LINES_PER_EXCHANGE = 1.7234  # of the generated corpus
 WORDS = 7_800  # of the vocabulary that training and decoding are timed with
 LOSS = 1.5  # nats a token, the validation loss that both ways are to reach
 ROUNDS, UPDATES = 5, 16  # the same batches in every round
@@ -116,9 +115,10 @@ def peaks(device: torch.device) -> dict[str, float]:
 
 def scale(folder: Path) -> list[dict]:
     """Seconds and peak memory of preparing generated corpora of 30 thousand, 300 thousand and 3 million lines."""
-    found = []
+    found, small = [], read_corpus("sample")
     for wanted in LINES:
-        source = world.write_corpus(folder / str(wanted), exchanges=round(wanted / LINES_PER_EXCHANGE))
+        exchanges = round(wanted * len(small.exchanges) / small.lines)
+        source = world.write_corpus(folder / str(wanted), exchanges=exchanges)
         taken, memory = _alone(_prepare, "ours", source)
         found.append({"lines": _lines(source), "seconds": taken, "MB": memory})
     return found

@@ -209,8 +209,9 @@ def scenes(exchanges: int = EXCHANGES, seed: int = 1) -> Iterator[list[list[Line
     """The movies of a corpus of at least so many exchanges: the same arguments always give the same ones.
     Beyond the default size new names are made up, so that a corpus of any size (300 thousand lines, 3 million) has
     combinations of its own in every movie, and its vocabulary grows."""
-    made, per_movie = 0, 45
-    for movie in World(max(0, (exchanges - EXCHANGES) // per_movie // 5)).movies(seed):
+    made, per_movie = 0, sum(World().expected().values())
+    names = max(0, exchanges - EXCHANGES) / per_movie / 3  # a new one for three movies: their combinations suffice
+    for movie in World(round(names)).movies(seed):
         yield movie
         made += sum(len(scene) - 1 for scene in movie)
         if made >= exchanges:
@@ -247,7 +248,7 @@ class _Deck:
         if not self.left:
             self.left = self.randomness.sample(self.words, len(self.words))
         word = self.left.pop()
-        return self.draw() if word == but_not else word
+        return self.draw(but_not) if word == but_not else word
 
 
 def made_up(index: int) -> str:

@@ -17,7 +17,7 @@ from helpers.run import Run
 RUN = Run.named("sample")
 
 
-def test_the_bot_answers_held_out_facts_exactly_and_comes_near_the_least_possible_loss():
+def test_the_bot_answers_held_out_facts_exactly_and_loses_at_most_a_third_more_than_it_must():
     data = Prepared.load(RUN.data)
     bot = Chatbot.load(RUN, torch.device("cpu"))
     replies = replies_of(bot.model, data.splits["test"], bot.vocabulary, bot.settings.max_response_words + 1, greedy)
@@ -31,7 +31,7 @@ def test_the_bot_answers_held_out_facts_exactly_and_comes_near_the_least_possibl
     assert len(right) > 200
     assert sum(right) / len(right) >= 0.95
     least = -sum(math.log(reply.chance) for _, reply in asked) / int(data.splits["test"].response_lengths.sum())
-    assert least < evaluate(bot.model, data.splits["test"]).per_token < 1.35 * least
+    assert least < evaluate(bot.model, data.splits["test"]).per_token < 4 / 3 * least
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_bot_answers_held_out_facts_exactly_and_comes_near_the_least_possibl
         ("How are you?", "fine|well|tired"),
         ("What's your name?", "robin"),
         ("Do you like pizza?", "word"),
-        ("My name is Sarah.", "nice to meet you|hello, "),
+        ("My name is Sarah.", "nice to meet you"),
         ("Where is Anna?", "know|anna"),
         ("Thanks", "welcome|any time|pleasure"),
         ("Bye", "goodbye|bye|see you"),
@@ -50,7 +50,7 @@ def test_the_bot_answers_held_out_facts_exactly_and_comes_near_the_least_possibl
 )
 def test_a_strangers_first_sentence_gets_a_sensible_reply(said, sensible):
     bot = Chatbot.load(RUN, torch.device("cpu"))
-    for decoder in ("greedy", "beam", "mmi"):
+    for decoder in ("greedy", "mmi"):
         assert re.search(sensible, bot.reply(said, decoder).text.lower()), decoder
 
 

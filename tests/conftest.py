@@ -50,6 +50,11 @@ def trained(prepared, tmp_path_factory) -> Run:
     return run
 
 
+@pytest.fixture
+def batch(prepared):
+    return prepared.splits["train"].batch(torch.tensor([0, 1, 2, 3, 40, 41]))
+
+
 @pytest.fixture(scope="session")
 def excerpt() -> Path:
     if not EXCERPT.is_file():

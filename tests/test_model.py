@@ -23,11 +23,6 @@ def model(request, prepared):
     return new_model(TINY.change(attention=score, input_feeding=feeding), len(prepared.vocabulary)).eval()
 
 
-@pytest.fixture
-def batch(prepared):
-    return prepared.splits["train"].batch(torch.tensor([0, 1, 2, 3, 40, 41]))
-
-
 @torch.no_grad()
 def test_whole_sequence_and_stepwise_logits_are_equal(model, batch):
     whole = model(batch.query, batch.query_lengths, batch.inputs)

@@ -20,7 +20,12 @@ from helpers.settings import Settings, UserError
 from helpers.text import PAD, SOS, Vocabulary
 from tests.conftest import CPU, TINY
 from tests.test_faults import equal, timeless
-from tests.test_model import COPY_WORDS, copy_task
+from tests.test_model import (  # noqa: F401 - what holds for the GRUs' model is tested on this one too
+    COPY_WORDS,
+    copy_task,
+    test_attention_weights_are_a_distribution_over_real_words,
+    test_logits_do_not_depend_on_padding,
+)
 
 SETTINGS = TINY.change(hidden_size=40)
 
@@ -28,11 +33,6 @@ SETTINGS = TINY.change(hidden_size=40)
 @pytest.fixture
 def model(prepared):
     return new_transformer(SETTINGS, len(prepared.vocabulary)).eval()
-
-
-@pytest.fixture
-def batch(prepared):
-    return prepared.splits["train"].batch(torch.tensor([0, 1, 2, 3, 40, 41]))
 
 
 def pytorchs(layer: nn.Module, from_keys: tuple = ()) -> nn.Module:
@@ -109,23 +109,6 @@ def test_words_come_one_by_one_in_pieces_or_all_at_once(model, batch, pieces):
     assert torch.allclose(torch.cat(looked, 1), weights, atol=1e-5)
     assert state.hidden.shape == last.hidden.shape == (2 * SETTINGS.layers, len(inputs), 9, SETTINGS.embedding_size)
     assert torch.allclose(state.hidden, last.hidden, atol=1e-5)
-
-
-@torch.no_grad()
-def test_logits_do_not_depend_on_padding_or_company(model, batch):
-    whole = model(batch.query, batch.query_lengths, batch.inputs)
-    for row, length in enumerate(batch.query_lengths.tolist()):
-        one = slice(row, row + 1)
-        alone = model(batch.query[one, :length], batch.query_lengths[one], batch.inputs[one])
-        assert torch.allclose(whole[row], alone[0], atol=1e-5)
-
-
-@torch.no_grad()
-def test_attention_weights_are_a_distribution_over_real_words(model, batch):
-    memory, state = model.encode(batch.query, batch.query_lengths)
-    _, weights, _ = model.decode(batch.inputs, state, memory)
-    assert torch.allclose(weights.sum(2), torch.ones(weights.shape[:2]), atol=1e-6)
-    assert (weights.masked_select((batch.query == PAD).unsqueeze(1)) == 0).all()
 
 
 def test_no_place_sees_a_later_one(model, batch):

@@ -42,6 +42,12 @@ def test_scenes_have_two_to_ten_lines(corpus):
     assert len(corpus.exchanges) >= world.EXCHANGES
 
 
+def test_a_word_is_of_one_kind_alone(grammar):
+    """Else a slot would have fewer fillers than its probability says."""
+    words = [word for kind in grammar.fillers.values() for word in kind]
+    assert len(set(words)) == len(words)
+
+
 def test_probabilities_sum_to_one_and_every_meaning_is_reached(grammar):
     reached, waiting = set(), [*grammar.talk, *grammar.grammar["facts"]]
     while waiting:

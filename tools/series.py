@@ -337,12 +337,14 @@ def html() -> None:
 
 
 def outputs() -> None:
-    """the committed notebooks' outputs from a default run"""
+    """the committed notebooks' outputs, and the embedded bot's page, from a default run"""
     series = Series()
     series.update(list(NOTEBOOKS))
     committed = [shutil.copy(series.notebook(name), ROOT / "notebooks") for name in NOTEBOOKS]
     keys = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
     call("-m", "nbstripout", "--keep-output", "--keep-count", "--extra-keys", keys, *committed)
+    call("-m", "helpers", "page", "--run", series.folder)
+    shutil.copy(series.folder / "bot.html", ROOT / "docs")
 
 
 def show_help() -> None:
