@@ -191,7 +191,7 @@ def test_the_page_names_no_address_and_writes_no_text_as_html():
 
 
 def test_the_committed_page_is_this_page():
-    """Its bot is that of the machine that ran `make outputs`; around it is the template, or that is to be run again."""
+    """Its bot is that of the machine that ran `make images`; around it is the template, or that is to be run again."""
     before, after = (ROOT / "deploy" / "page.html").read_text(encoding="utf-8").split(">null<")
     committed = (ROOT / "docs" / "bot.html").read_text(encoding="utf-8")
     assert committed.startswith(before + ">{")

@@ -308,10 +308,12 @@ def gpu() -> None:
 
 
 def images() -> None:
-    """the pictures in images/ and the tables of README, from results/ and the run"""
+    """the pictures in images/, docs/bot.html and the tables of README, from results/ and the run"""
     series = Series()
     series.update()
     call("-m", "tools.make_images", "--run", series.folder)
+    call("-m", "helpers", "page", "--run", series.folder)
+    shutil.copy(series.folder / "bot.html", ROOT / "docs")
     call("-m", "pytest", "tests/check_browser.py", CHATBOT_SCREENSHOT=str(ROOT / "images" / "chat.png"))
     call("-m", "tools.readme_tables")
 
@@ -337,14 +339,12 @@ def html() -> None:
 
 
 def outputs() -> None:
-    """the committed notebooks' outputs, and the embedded bot's page, from a default run"""
+    """the committed notebooks' outputs from a default run"""
     series = Series()
     series.update(list(NOTEBOOKS))
     committed = [shutil.copy(series.notebook(name), ROOT / "notebooks") for name in NOTEBOOKS]
     keys = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
     call("-m", "nbstripout", "--keep-output", "--keep-count", "--extra-keys", keys, *committed)
-    call("-m", "helpers", "page", "--run", series.folder)
-    shutil.copy(series.folder / "bot.html", ROOT / "docs")
 
 
 def show_help() -> None:
