@@ -92,7 +92,7 @@ def compared(found: dict) -> pd.DataFrame:
     pairs |= {f"replies/s, {size}": (answered["textbook"], answered[size]) for size in ("batch 1", "batch 64")}
     if reached:
         hourly = [[3600 / reached[way]["seconds"]] for way in ("textbook", "ours")]
-        pairs[f"whole trainings an hour to loss {LOSS}"] = tuple(hourly)
+        pairs[f"whole trainings per hour to loss {LOSS}"] = tuple(hourly)
     rows = []
     for name, (theirs, ours) in pairs.items():
         ratios, medians = np.divide(ours, theirs), (np.median(theirs), np.median(ours))

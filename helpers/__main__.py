@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--run", type=Run, metavar="DIR", required=True, help="the run's folder")
         added.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
         if profile is not None:
-            added.add_argument("--corpus", default="sample", help="sample, cornell, or a path (see README)")
+            added.add_argument("--corpus", default="sample", help="sample, cornell, or a path (docs/own_dialogue.md)")
             added.add_argument("--profile", default=profile, help="a name in notebooks/profiles, or a YAML file")
             added.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
         return added

@@ -13,13 +13,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, GREY = "#3465a4", "#e07b00", "#4e9a06", "#a40000", "#888a85"
+BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e08a00", "#4bbfa0", "#a3123a", "#6f6f6f"  # apart for the colour-blind too
 
 
 def style() -> None:
     """One look for all figures: call once, in a notebook's first cell."""
     matplotlib.rcParams.update({
-        "figure.figsize": (7, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 10,
+        "figure.figsize": (7, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
         "axes.prop_cycle": matplotlib.cycler(color=(BLUE, ORANGE, GREEN, RED, GREY)), "legend.frameon": False,
     })  # fmt: skip

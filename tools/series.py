@@ -308,18 +308,18 @@ def gpu() -> None:
 
 
 def images() -> None:
-    """the pictures in images/, docs/bot.html and the tables of README, from results/ and the run"""
+    """the pictures in images/, docs/bot.html and the tables of README and docs/, from results/ and the run"""
     series = Series()
     series.update()
     call("-m", "tools.make_images", "--run", series.folder)
     call("-m", "helpers", "page", "--run", series.folder)
     shutil.copy(series.folder / "bot.html", ROOT / "docs")
     call("-m", "pytest", "tests/check_browser.py", CHATBOT_SCREENSHOT=str(ROOT / "images" / "chat.png"))
-    call("-m", "tools.readme_tables")
+    call("-m", "tools.tables")
 
 
 def wheelhouse() -> None:
-    """all packages as files, for a machine without an index (README says how)"""
+    """all packages as files, for a machine without an index (docs/offline.md says how)"""
     call("-m", "pip", "download", "-qq", "--disable-pip-version-check", "-d", "wheelhouse", "-r", "requirements.txt")
 
 
