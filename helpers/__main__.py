@@ -116,7 +116,7 @@ def converse(bot, lines: Iterable[str], out: TextIO, seed: int = 0, raw: bool = 
 
 
 def heat_map(bot, reply) -> str:
-    """The attention weights of a reply in percent: a line a word of the reply, a column a word of the query."""
+    """The attention weights of a reply in percent: a line per word of the reply, a column per word of the query."""
     if reply is None or not reply.query:
         return "There is no reply with words to look at yet."
     import pandas as pd  # here, since only this takes it

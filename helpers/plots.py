@@ -90,7 +90,7 @@ def attention(query: list[str], reply: list[str], weights: np.ndarray) -> Axes:
 
 
 def grouped_bars(table: pd.DataFrame, xlabel: str, whiskers: pd.DataFrame | None = None) -> Figure:
-    """One group of horizontal bars a row and one colour a column; `whiskers` gives low and high of the first column."""
+    """A group of horizontal bars per row and a colour per column; `whiskers` gives low and high of the first column."""
     names = [str(name).replace("_", " ") for name in table.index]
     size = (7, 0.8 + 0.2 * len(table) * (len(table.columns) + 1))
     axes = table.astype(float).set_axis(names).plot.barh(figsize=size, width=0.8, xlabel=xlabel, ylabel="")

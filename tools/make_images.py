@@ -175,7 +175,7 @@ def moving(bot: Chatbot) -> FuncAnimation:
 
 
 def ratios(tables: dict[str, pd.DataFrame], xlabel: str) -> plt.Figure:
-    """A panel a machine: bars of its table's `ratio`, whiskers from `low` to `high`, dashed where both are equal."""
+    """A panel per machine: bars of its table's `ratio`, whiskers from `low` to `high`, dashed where both are equal."""
     heights = [0.7 + 0.25 * len(table) for table in tables.values()]
     figure, panels = plt.subplots(len(tables), 1, figsize=(7, sum(heights)), height_ratios=heights, squeeze=False)
     for axes, (name, table) in zip(panels[:, 0], tables.items(), strict=True):
@@ -195,7 +195,7 @@ def ratios(tables: dict[str, pd.DataFrame], xlabel: str) -> plt.Figure:
 
 
 def before_and_after(machines: dict[str, dict]) -> plt.Figure:
-    """A panel a machine: the milliseconds of each part of a training step, stepwise and as a whole sequence."""
+    """A panel per machine: the milliseconds of each part of a training step, stepwise and as a whole sequence."""
     figure, panels = plt.subplots(1, len(machines), figsize=(1 + 3.4 * len(machines), 4), squeeze=False)
     for axes, (name, found) in zip(panels[0], machines.items(), strict=True):
         parts = pd.DataFrame({kind: pd.DataFrame(found[kind]).T["ms"] for kind in ("before", "after")})
@@ -208,7 +208,7 @@ def before_and_after(machines: dict[str, dict]) -> plt.Figure:
 
 
 def scale(machines: dict[str, list[dict]]) -> plt.Figure:
-    """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes, a curve a machine."""
+    """Seconds and peak memory of preparing generated corpora by their lines, on log axes, a curve per machine."""
     figure, both = plt.subplots(1, 2, figsize=(8, 3.2))
     for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory, MB"), strict=True):
         for number, (name, points) in enumerate(machines.items()):
@@ -244,7 +244,7 @@ def compare(models: dict[str, dict]) -> plt.Figure:
 
 
 def speedrun(machines: dict[str, dict]) -> plt.Figure:
-    """A panel a machine: nats per response against seconds since the start, a curve a recipe, the first seed's; the
+    """A panel per machine: nats per response against seconds since the start, a curve per recipe, the first seed's; the
     dashed line is the best of the classic tutorial's program."""
     figure, panels = plt.subplots(len(machines), 1, figsize=(7, 4.2 * len(machines)), squeeze=False)
     for axes, (name, found) in zip(panels[:, 0], machines.items(), strict=True):
