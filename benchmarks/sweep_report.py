@@ -1,4 +1,4 @@
-"""What a sweep's trials say, as files: all trials as CSV and the rest as JSON, from which README's table is made.
+"""What a sweep's trials say, as files: all trials as CSV and the rest as JSON, for notebook 05 and docs/results.md.
 
 python -m benchmarks.sweep_report ID --run runs/sweep --results results/sweep-excerpt
 """

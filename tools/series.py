@@ -285,13 +285,13 @@ def compare() -> None:
 
 
 def speedrun() -> None:
-    """seconds against nats per response, the textbook's program and ours, on Cornell's files in CORPUS; to results/"""
+    """seconds against nats per response, the classic tutorial's program and ours, on CORPUS; to results/"""
     corpus = located("CORPUS", []) or refuse("CORPUS=path is missing: Cornell's two files, in a folder or a zip.")
     call("-m", "benchmarks.speedrun", "--corpus", corpus, "--device", given("DEVICE", "auto"))
 
 
 def bench() -> None:
-    """this project against the textbook way, side by side: results/bench-MACHINE.json"""
+    """this project beside the classic tutorial's way: results/bench-MACHINE.json"""
     call("-m", "benchmarks.bench", "--device", given("DEVICE", "auto"), "--json", "results/bench-DEVICE.json")
 
 
