@@ -203,7 +203,7 @@ def tables(here: Stage, compilation: bool) -> None:
 
 
 def both_ways(here: Stage) -> None:
-    """Training beside the textbook's, both in turns, then larger batches; replies."""
+    """Training beside the classic tutorial's, both in turns, then larger batches; replies."""
     if here.small:
         bench.WORDS, bench.UPDATES = 100, 2
     worker = bench.Worker(here.device, 256 if here.small else 65_536)
