@@ -64,6 +64,7 @@ def variants(subject: Subject, compilation: bool) -> dict[str, Variant]:
         "eager": Variant(lambda: (GreedySearch(model).eval(), None)),
         "TorchScript": Variant(lambda: (script(model), None)),
         "TorchScript int8": Variant(lambda: (search := script(quantised(model)), search.model), True, kernels),
+        "C++": Variant(tuple, missing="deploy/chat.cpp works on a CPU, in notebook 07"),
         "torch.compile": Variant(lambda: (blocks(model, compiled), None), False, compiler),
         "AOTInductor": Variant(lambda: (blocks(model, exported), None), False, compiler),
         "CUDA graphs": Variant(lambda: (recorded(model, captured), None), False, graphs),
