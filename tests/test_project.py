@@ -170,6 +170,25 @@ def test_pages_show_formulas_without_a_network():
     assert 'href="solutions.html"' in text
 
 
+def test_the_page_with_the_bot_lies_beside_the_pages(tmp_path, monkeypatch):
+    import make_pages
+
+    shown = nbformat.v4.new_code_cell("1", execution_count=1)
+    frame = '<iframe width="100%" height="720" src="../../anywhere/bot.html" title="The bot"></iframe>'
+    shown.outputs = [nbformat.v4.new_output("display_data", {"text/html": frame, "text/plain": "a frame"})]
+    linked = nbformat.v4.new_markdown_cell("Here is [the page](../docs/bot.html).")
+    path = tmp_path / "notebooks" / "04.ipynb"
+    path.parent.mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=[shown, linked]), path)
+    (tmp_path / "bot.html").write_text("the bot")
+    monkeypatch.setattr(sys, "argv", ["make_pages.py", str(tmp_path / "html"), str(path)])
+    assert make_pages.main() == 0
+    text = (tmp_path / "html" / "04.html").read_text(encoding="utf-8")
+    assert 'src="bot.html"' in text
+    assert 'href="bot.html"' in text
+    assert (tmp_path / "html" / "bot.html").read_text() == "the bot"
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """The project's results in a folder of the test's own: `results(name)` reads one, `results(name, new)` writes."""
@@ -206,6 +225,8 @@ def test_readme_hides_no_way_that_failed_or_was_left_out(results):
     assert "| AOTInductor | left out | left out |" in text
     assert "RuntimeError: no compiler" in text
     assert "| CUDA graphs | – | – |" in text  # a CPU cannot
+    results("latency-cpu-amd.json", found | {"left out": {"C++": "CMake is not installed (cmake)"}})
+    assert "| C++ | – | – |" in latency()
 
 
 def test_machines_stand_side_by_side_and_what_nobody_measured_says_so(results):

@@ -333,7 +333,8 @@ notebook 07. {devices(found)}"""
 def absent(found: dict, way: str) -> str:
     """Why a machine has no figure for a way: it cannot, nobody asked for it, or it was tried and left out."""
     reason = found["left out"].get(way, "")
-    if (found["machine"]["device"] == "cpu" and way.startswith("CUDA")) or "are for CPUs" in reason:
+    cannot = any(why in reason for why in ("are for CPUs", "works on a CPU", "not installed"))
+    if (found["machine"]["device"] == "cpu" and way.startswith("CUDA")) or cannot:
         return "–"
     return "left out" if reason and "not asked for" not in reason else "not measured"
 
