@@ -9,6 +9,7 @@ import itertools
 import math
 import statistics
 import tempfile
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,14 @@ from helpers.settings import Settings, UserError
 from helpers.text import Vocabulary
 from helpers.training import fit, new_optimizer
 
-CHECKS: dict[str, Callable] = {}
+KINDS = {
+    "a number": (int, float),
+    "a list": (list, tuple),
+    "a dict": dict,
+    "a class": type,
+    "a function": types.FunctionType,
+}
+CHECKS: dict[str, tuple[str, Callable]] = {}  # number: the answer's kind and the check
 
 
 class NotTriedError(Exception):
@@ -37,14 +45,23 @@ def check(number: str, answer) -> None:
     if number not in CHECKS:
         raise UserError(f"There is no exercise {number!r}; there are {', '.join(CHECKS)}.")
     try:
-        hint = CHECKS[number](tried(answer))
+        hint = hint_on(*CHECKS[number], tried(answer))
     except NotTriedError:
         print(f"{number}: not tried yet")
         return
-    except Exception as error:  # of the reader's code, or an answer of another kind
+    except Exception as error:  # of the reader's code
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         hint = f"{type(error).__name__}: {reason}"
     print(f"{number}: right." if hint is None else f"{number}: not yet. {hint}")
+
+
+def hint_on(kind: str, find: Callable, answer) -> str | None:
+    """What the check finds, given an answer of the right kind."""
+    if kind in ("a number", "a list") and hasattr(answer, "tolist"):  # an array's
+        answer = answer.tolist()
+    if not isinstance(answer, KINDS[kind]):
+        return f"The answer is to be {kind}; this is of type {type(answer).__name__}."
+    return find(answer)
 
 
 def tried(answer):
@@ -70,11 +87,11 @@ def among(answer, right, mistakes: list[tuple], otherwise: str) -> str | None:
     return next((hint for value, hint in mistakes if same(value)), otherwise)
 
 
-def exercise(number: str):
-    """Enter a check under its exercise's number."""
+def exercise(number: str, kind: str):
+    """Enter a check under its exercise's number, with the kind of answer that it takes."""
 
     def enter(function):
-        CHECKS[number] = function
+        CHECKS[number] = kind, function
         return function
 
     return enter
@@ -101,7 +118,7 @@ def trained(data: Prepared, updates: int = 500, **changes) -> tuple[float, float
 # 1 · Data preparation
 
 
-@exercise("1.1")
+@exercise("1.1", "a number")
 def padding(answer):
     lengths, one = [7, 2, 5], Vocabulary(["a"])
     rows = Pairs.from_words([(["a"] * length, ["a"]) for length in lengths], one)
@@ -116,7 +133,7 @@ def padding(answer):
     return among(answer, places - words, mistakes, "Draw the rectangle and its words.")
 
 
-@exercise("1.2")
+@exercise("1.2", "a function")
 def unknown_share(answer):
     counts = Counter({"i": 9, "am": 6, "you": 5, "anna": 3, "ben": 2, "tea": 1})
     said = [
@@ -142,6 +159,9 @@ def unknown_share(answer):
 
     unknown = [not known(word) for pair in pairs for word in words(pair)]
     right = share(pairs, known)
+    either_and_other = statistics.mean(
+        all(any(not known(word) for word in side) for side in pair) for pair in pairs
+    )
     mistakes = [
         (statistics.mean(unknown), "This is the share of words, not of exchanges."),
         (1 - right, "This is the share of exchanges without an unknown word."),
@@ -149,11 +169,13 @@ def unknown_share(answer):
         (share([([], r) for _, r in pairs], known), "It looks at the responses alone."),
         (share(pairs, lambda w: counts[w] > 3), "Seen exactly `least` times is not rare."),
         (right * len(pairs), "This is a number of exchanges. What is their share?"),
+        (100 * right, "In per cent; a share lies between 0 and 1."),
+        (either_and_other, "One unknown word is enough, on whichever side."),
     ]
     return among(tried(answer(counts, pairs, 3)), right, mistakes, "Try 3 pairs by hand.")
 
 
-@exercise("1.3")
+@exercise("1.3", "a function")
 def dealing(answer):
     units = [unit for unit in range(60) for _ in range(1 + unit % 7)]
     parts = list(tried(answer(units, 0.2, 1)))
@@ -179,7 +201,7 @@ def dealing(answer):
 # 2 · The model
 
 
-@exercise("2.1")
+@exercise("2.1", "a list")
 def mirror(answer):
     places = list(range(5))
     mistakes = [
@@ -201,16 +223,23 @@ def attended(score: type | Callable, size: int = 16):
     return module, hidden, Memory(states, states, pad)
 
 
-@exercise("2.2")
+@exercise("2.2", "a class")
 def unmasked(answer):
     module, hidden, memory = attended(answer)
     pad = memory.padding.clone()
-    context, weights = tried(module(hidden, memory))
+    given = tried(module(hidden, memory))
+    if not (isinstance(given, tuple) and len(given) == 2):
+        return "Two things are to be returned: the context and the weights."
+    context, weights = given
     scores = hidden @ memory.states.transpose(1, 2)
+    if weights.shape == hidden.shape and context.shape == scores.shape:
+        return "Swapped: the context comes first, then the weights."
     if weights.shape != scores.shape:
         return f"Weights {tuple(weights.shape)}; asked were (batch, time, query time)."
     if not torch.equal(memory.padding, pad):
         return "It changes the memory that it is given: `_replace` makes another one."
+    if weights.isnan().any():
+        return "Where there is no padding the weights are NaN: is the mask turned over?"
     if (weights[0, :, 3:] == 0).all():
         return "Padding still has no weight: something still masks it."
     if not torch.allclose(weights.sum(2), torch.ones(2, 3), atol=1e-4):
@@ -221,7 +250,7 @@ def unmasked(answer):
     return None if right else "The context is not the weighted mean of the memory's states."
 
 
-@exercise("2.3")
+@exercise("2.3", "a class")
 def scaled_dot(answer):
     module, hidden, memory = attended(answer)
     scores = tried(module.scores(hidden, memory.keys))
@@ -231,6 +260,8 @@ def scaled_dot(answer):
     if scores.shape != dot.shape:
         return f"Scores {tuple(scores.shape)}; asked were (batch, time, query time)."
     factor = float((scores / dot).median())
+    if not torch.allclose(scores, factor * dot, atol=1e-4):
+        return "These are not the scores of `dot` times one number. No softmax yet?"
     mistakes = [
         (1.0, "This is `dot`, without the scale."),
         (1 / 16, "Divided by H. Which power of it keeps the spread at 1?"),
@@ -246,7 +277,7 @@ def scaled_dot(answer):
 # 3 · Training
 
 
-@exercise("3.1")
+@exercise("3.1", "a number")
 def perplexity(answer):
     chances = [1 / 2, 1 / 8, 1 / 2, 1 / 8]
     loss = statistics.mean(-math.log(chance) for chance in chances)
@@ -255,12 +286,14 @@ def perplexity(answer):
         (loss / math.log(2), "This is the loss in bits."),
         (statistics.mean(1 / chance for chance in chances), "The mean is taken of -ln p."),
         (1 / statistics.mean(chances), "The mean is taken of -ln p, not of p."),
+        (math.exp(-loss), "Turned over: a perplexity is never below 1."),
+        (math.exp(loss / math.log(2)), "Logarithm and exponential need the same base."),
         (math.exp(4 * loss), "The sum over the words; the mean was asked for."),
     ]
     return among(answer, math.exp(loss), mistakes, "The mean of -ln p first, then exp.")
 
 
-@exercise("3.2")
+@exercise("3.2", "a dict")
 def teacher_forcing(answer):
     (loss, exact), (other_loss, other_exact) = answer[1.0], answer[0.0]
     if (loss, exact) == (other_loss, other_exact):
@@ -274,7 +307,7 @@ def teacher_forcing(answer):
     return None
 
 
-@exercise("3.3")
+@exercise("3.3", "a function")
 def spare_biases(answer):
     settings = Settings(embedding_size=8, hidden_size=8, weight_decay=0.01)
     settings = settings.change(optimizer="adamw")
@@ -285,6 +318,10 @@ def spare_biases(answer):
         if "more than one parameter group" not in str(error):
             raise
         return "A bias is in two groups: take it out of its old one first."
+    except RuntimeError as error:
+        if "size of tensor" not in str(error):
+            raise
+        return "`in` compares tensors number by number. Compare their id()."
     groups = {}
     for group in optimizer.param_groups:
         groups |= {id(weight): group for weight in group["params"]}
@@ -304,7 +341,7 @@ def spare_biases(answer):
 # 4 · Decoding and chat
 
 
-@exercise("4.1")
+@exercise("4.1", "a list")
 def length_penalty(answer):
     replies = {"short": (-2.1, 3), "long": (-3.3, 6)}
 
@@ -320,7 +357,7 @@ def length_penalty(answer):
     return among(answer, right, mistakes, "For α = 0 and α = 1, 'short' or 'long'.")
 
 
-@exercise("4.2")
+@exercise("4.2", "a dict")
 def temperature(answer):
     shares = [answer[heat] for heat in sorted(answer)]
     if len(shares) < 4 or min(answer) > 0.5 or max(answer) < 2:
@@ -334,7 +371,7 @@ def temperature(answer):
     return None if shares[-1] >= 0.5 else "Half is not reached: go hotter, with top_p at 1."
 
 
-@exercise("4.3")
+@exercise("4.3", "a function")
 def offsets(answer):
     query = ["a", "red", "hat", "and", "a", "blue", "box"]
     reply = ["the", "red", "box", "is", "a", "hat"]
@@ -347,6 +384,8 @@ def offsets(answer):
 
     right = found(looks)
     told = tried(answer(query, reply, weights))
+    if isinstance(told, dict):
+        return "A list was asked for, in the order of the reply."
     mistakes = [
         ([-offset for offset in right], "The sign: from the word to where it looked."),
         (found(looks, (1, 2)), "'a' stands twice in the query: which is its place?"),
@@ -359,11 +398,12 @@ def offsets(answer):
 # 5 · The hyperparameter sweep
 
 
-@exercise("5.1")
+@exercise("5.1", "a number")
 def trials(answer):
     right = math.ceil(math.log(0.05) / math.log(0.95))
     mistakes = [
         (right - 1, "Off by one: that many miss with a little more than 5%."),
+        (math.log(0.05) / math.log(0.95), "Trials come whole. Which way is it rounded?"),
         (20, "20 trials hit once on average, and miss altogether in 36% of the cases."),
         (19, "19 of 20 what? Write down the chance that n trials *all* miss."),
         (384 * 0.95, "No need to try the space: the trials are drawn independently."),
@@ -371,7 +411,7 @@ def trials(answer):
     return among(answer, right, mistakes, "Write down the chance that n trials all miss.")
 
 
-@exercise("5.2")
+@exercise("5.2", "a dict")
 def breaking_rate(answer):
     rates = sorted(answer)
     losses = [answer[rate] for rate in rates]
@@ -388,7 +428,7 @@ def breaking_rate(answer):
     return None
 
 
-@exercise("5.3")
+@exercise("5.3", "a function")
 def by_chance(answer):
     losses, values = [4.1, 3.9, 3.2, 3.6, 3.8, 3.3, 3.7], list("abbaabb")
 
@@ -419,7 +459,7 @@ def by_chance(answer):
 # 6 · Profiling
 
 
-@exercise("6.1")
+@exercise("6.1", "a number")
 def ridge(answer):
     size, peak, bandwidth = 128, 320e9, 20e9
 
@@ -431,12 +471,13 @@ def ridge(answer):
     mistakes = [
         (first(1), "A multiplication and an addition for each weight: two FLOP."),
         (first(2, 2), "A number has four bytes."),
+        (first() + 1, "*At least* as long: where both are equal, it counts."),
         (first(2, 1), "Bytes per weight and FLOP per weight and row, both count."),
     ]
     return among(answer, first(), mistakes, "Set both times equal; H falls out.")
 
 
-@exercise("6.2")
+@exercise("6.2", "a dict")
 def optimiser_share(answer):
     step, fused, single = (answer[name] for name in ("step", "fused", "not fused"))
     if min(step, fused, single) <= 0 or step < 0.5:
@@ -450,7 +491,7 @@ def optimiser_share(answer):
     return None
 
 
-@exercise("6.3")
+@exercise("6.3", "a function")
 def self_times(answer):
     spans = [("step", 0, 10), ("forward", 0, 6), ("gru", 1, 5), ("addmm", 2, 4)]
     spans += [("backward", 6, 10), ("mm", 7, 9)]
@@ -486,7 +527,7 @@ def add_rows(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-@exercise("7.1")
+@exercise("7.1", "a list")
 def frozen_loop(answer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, as notebook 7 says
@@ -501,7 +542,7 @@ def frozen_loop(answer):
     return among(answer, right, mistakes, "Which rows does each of them still see?")
 
 
-@exercise("7.2")
+@exercise("7.2", "a dict")
 def advantage(answer):
     small, large = answer[min(answer)], answer[max(answer)]
     if min(answer) != 1 or max(answer) < 64:
@@ -515,9 +556,11 @@ def advantage(answer):
     return None
 
 
-@exercise("7.3")
+@exercise("7.3", "a function")
 def words_said(answer):
     tried(answer(torch.tensor([5, 6, 2, 7, 2]), 2))
+    if "eos" not in answer.__annotations__:
+        return "Without its type, TorchScript takes an argument for a tensor."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -525,7 +568,12 @@ def words_said(answer):
     except Exception as error:  # several kinds
         return f"TorchScript refuses it: {str(error).strip().splitlines()[0]}"
     rows = [[5, 6, 2, 7, 2], [5, 6, 7], [2, 5], [5, 6, 7, 8, 2]]
-    told = [int(compiled(torch.tensor(row), 2)) for row in rows]
+    told = []
+    for row in rows:
+        try:
+            told.append(int(compiled(torch.tensor(row), 2)))
+        except RuntimeError as error:
+            return f"On {row} it fails: {str(error).strip().splitlines()[-1]}"
     right = [(*row, 2).index(2) for row in rows]
     last = [len(row) - 1 - row[::-1].index(2) if 2 in row else len(row) for row in rows]
     mistakes = [
@@ -541,7 +589,7 @@ def words_said(answer):
 # 8 · From here to Transformers
 
 
-@exercise("8.1")
+@exercise("8.1", "a number")
 def carried(answer):
     settings = Settings(embedding_size=64, hidden_size=128, layers=2)
     model = new_transformer(settings, 20).eval()
@@ -553,13 +601,14 @@ def carried(answer):
     mistakes = [
         (right // 2, "Half of it: a key *and* a value, in *each* layer."),
         (right // 4, "A key and a value, in each of two layers."),
+        (right + 64, "Keys and values alone; the last attentional state is neither."),
         (right * 4, "Heads share a vector: four of them make it no longer."),
         (right * 2, "Keys and values have embedding_size numbers, not hidden_size."),
     ]
     return among(answer, right, mistakes, "Words · layers · what is kept of each.")
 
 
-@exercise("8.2")
+@exercise("8.2", "a dict")
 def without_waves(answer):
     with_waves, without = answer["with"], answer["without"]
     if max(with_waves, without) > 1:
@@ -573,7 +622,7 @@ def without_waves(answer):
     return None if without < 0.5 else "Too good without: does any place still get waves?"
 
 
-@exercise("8.3")
+@exercise("8.3", "a function")
 def visible(answer):
     lengths = torch.tensor([3, 5])
     words = torch.arange(5) < lengths.unsqueeze(1)  # (batch, time)
@@ -592,6 +641,8 @@ def visible(answer):
         return "Transposed: a row is who looks, and looks back."
     if same(causal.tril(-1) & words.unsqueeze(1)):
         return "Off by one: a word may see itself, and the first one sees nothing else."
+    if same(causal & (torch.arange(5) <= lengths.unsqueeze(1)).unsqueeze(1)):
+        return "Off by one: n words stand at the places 0 to n - 1."
     if same(causal.expand(2, 5, 5)):
         return "Padding can be seen: use the lengths."
     if same(words.unsqueeze(1).expand(2, 5, 5)):

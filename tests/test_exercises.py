@@ -156,6 +156,17 @@ def without_any_eos(ids: torch.Tensor, eos: int) -> int:
     return count
 
 
+def untyped(ids, eos):
+    return ids.size(0)
+
+
+def endless(ids: torch.Tensor, eos: int) -> int:
+    count = 0
+    while int(ids[count]) != eos:
+        count += 1
+    return count
+
+
 def not_compiled(ids: torch.Tensor, eos: int) -> int:
     return next((place for place, word in enumerate(ids.tolist()) if word == eos), len(ids))
 
@@ -173,6 +184,7 @@ WRONG = [
     ("1.2", unknown(of_words=True), "share of words"), ("1.2", unknown(lambda query, _: query), "queries alone"),
     ("1.2", unknown(lambda _, response: response), "responses alone"), ("1.2", unknown(least=1), "exactly `least`"),
     ("1.2", unknown(known=True), "without an unknown word"),
+    ("1.2", unknown(lambda query, _: query, of_words=True), "by hand"),
     ("1.3", by_exchange, "both sides"),
     ("1.3", by_unit(share=0.8), "larger one"), ("1.3", by_unit(seed=0), "same seed"),
     ("1.3", by_unit(seed=7), "does not use it"), ("1.3", by_unit(names=("held out", "train")), "'train' or 'test'"),
@@ -181,6 +193,10 @@ WRONG = [
     ("2.2", LuongAttention, "still masks"), ("2.2", attention(zeroed), "`_replace`"),
     ("2.2", attention(lambda scores, _, memory: weighted(scores.softmax(1), memory)), "Which axis"),
     ("2.2", attention(lambda scores, _, memory: (memory.states, scores.transpose(1, 2))), "asked were"),
+    ("2.2", attention(lambda scores, _, memory: scores.softmax(2)), "Two things"),
+    ("2.2", attention(lambda scores, _, memory: weighted(scores.softmax(2), memory)[::-1]), "Swapped"),
+    ("2.2", attention(lambda scores, _, memory: weighted(scores * torch.nan, memory)), "NaN"),
+    ("2.3", scored(lambda dot: (dot / 4).softmax(2)), "softmax"), ("2.3", LuongAttention("dot", 16), "a class"),
     ("2.3", scored(lambda dot: dot), "without the scale"), ("2.3", scored(lambda dot: dot / 16), "Which power"),
     ("2.3", scored(lambda dot: dot.transpose(1, 2) / 4), "Transposed"),
     ("2.3", scored(lambda dot: dot * 4), "Multiplied"),
@@ -216,6 +232,7 @@ WRONG = [
     ("7.1", [6, 6], "compiles the loop"), ("7.1", [3, 5], "rounds"),
     ("7.2", {1: 0.5, 8: 0.6, 32: 0.8, 128: 1.04}, "Turned over"), ("7.2", {1: 2.0, 8: 1.6}, "at least 64"),
     ("7.2", {1: 1.2, 128: 1.5}, "does not shrink"),
+    ("7.3", untyped, "Without its type"), ("7.3", endless, "On [5, 6, 7] it fails"),
     ("7.3", with_the_eos, "Off by one"), ("7.3", without_any_eos, "goes on after"), ("7.3", not_compiled, "refuses"),
     ("8.1", 1280, "*and*"), ("8.1", 640, "each of two layers"),
     ("8.1", 5120, "embedding_size"), ("8.1", 10240, "Heads"),
@@ -223,6 +240,7 @@ WRONG = [
     ("8.2", {"with": 0.3, "without": 0.1}, "400 updates"),
     ("8.3", masks(lambda causal, words: causal.T & words), "Transposed"),
     ("8.3", masks(lambda causal, words: causal.tril(-1) & words), "Off by one"),
+    ("8.3", masks(lambda causal, words: causal & words.roll(1, 2).logical_or(words)), "places 0 to n - 1"),
     ("8.3", masks(lambda causal, words: ~(causal & words)), "Inverted"),
     ("8.3", masks(lambda causal, words: causal.expand(2, 5, 5)), "Padding can be seen"),
     ("8.3", masks(lambda causal, words: words.expand(2, 5, 5)), "future"),
@@ -273,7 +291,9 @@ def test_a_cell_that_nobody_filled_in_says_so(answer, capsys):
 
 def test_what_an_answer_raises_is_said_and_ends_nothing(capsys):
     assert said(capsys, "1.2", lambda *_: 1 / 0) == "1.2: not yet. ZeroDivisionError: division by zero"
-    assert said(capsys, "6.2", 3).startswith("6.2: not yet. TypeError")
+    assert said(capsys, "6.2", {1: 2}) == "6.2: not yet. KeyError: 'step'"
+    assert said(capsys, "6.2", 3) == "6.2: not yet. The answer is to be a dict; this is of type int."
+    assert said(capsys, "2.1", torch.arange(4, -1, -1)) == "2.1: right.", "an array does as well"
     with pytest.raises(UserError, match=r"no exercise '9\.9'"):
         exercises.check("9.9", 1)
 
