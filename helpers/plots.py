@@ -2,7 +2,6 @@
 
 import html
 import inspect
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,50 +111,51 @@ def show(*things) -> None:
 
 
 def chat_box(bot):
-    """Talking to a Chatbot: a line to type in, a choice of decoder, the conversation, and its attention on demand."""
+    """Talking to a Chatbot: the conversation in a window, a line to type in below it, and what decides on a reply.
+    What a reply looked at stands, folded, below it. `chat.css` holds the look."""
     import ipywidgets as widgets
 
-    history = widgets.HTML()
-    line = widgets.Text(placeholder="Say something and press Enter", continuous_update=False)
-    line.layout.width = "36em"
-    decoder = widgets.Dropdown(options=list(bot.decoders()), layout=widgets.Layout(width="8em"))
+    style = widgets.HTML(f"<style>{Path(__file__).with_name('chat.css').read_text(encoding='utf-8')}</style>")
+    turns, line = widgets.VBox(), widgets.Text(placeholder="Say something and press Enter", continuous_update=False)
+    decoder = widgets.Dropdown(options=list(bot.decoders()), description="decoder", layout={"width": "11em"})
+    seed = widgets.BoundedIntText(0, min=0, max=9999, description="seed", layout={"width": "8em"})
     temperature = widgets.FloatSlider(0.8, min=0, max=1.5, step=0.1, description="temperature", disabled=True)
-    temperature.style.description_width = "initial"
-    look = widgets.Button(description="Show attention", disabled=True)
-    restart = widgets.Button(description="New conversation")
-    picture = widgets.Image(layout=widgets.Layout(display="none", width="32em"))
-    replies = []
+    restart, replies = widgets.Button(description="New conversation"), []
 
     def answer(change) -> None:
         if not change["new"]:  # our own emptying of the line
             return
-        before = replies[-1] if replies else None
-        replies.append(bot.reply(line.value, decoder.value, len(replies), temperature.value, before))
-        you, reply = html.escape(line.value[:500]), html.escape(replies[-1].text)
-        history.value += f"<div><b>you</b> {you}</div><div class='chat-bot'><b>bot</b> {reply}</div>"
-        line.value, look.disabled, picture.layout.display = "", not replies[-1].query, "none"
-
-    def show_attention(_) -> None:
-        query, words, weights = bot.attention(replies[-1])
-        figure, buffer = attention(query, words, weights.numpy()).figure, io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight")
-        plt.close(figure)
-        picture.value = buffer.getvalue()
-        picture.layout.display = "block"
+        line.value, before = "", replies[-1] if replies else None  # at once: the next one may be typed meanwhile
+        replies.append(bot.reply(change["new"], decoder.value, seed.value + len(replies), temperature.value, before))
+        turns.children = (*turns.children, widgets.HTML(_turn(bot, change["new"][:500], replies[-1])))
 
     def start_over(_) -> None:
         replies.clear()
-        history.value, look.disabled, picture.layout.display = "", True, "none"
+        turns.children = ()
 
-    suggestions = [widgets.Button(description=query, layout=widgets.Layout(width="auto")) for query in bot.examples]
+    suggestions = [widgets.Button(description=query) for query in bot.examples]
     for button in suggestions:
         button.on_click(lambda pressed: setattr(line, "value", pressed.description))
     line.observe(answer, "value")
     decoder.observe(lambda change: setattr(temperature, "disabled", change["new"] != "sampling"), "value")
-    look.on_click(show_attention)
     restart.on_click(start_over)
-    beside = widgets.HBox(suggestions, layout=widgets.Layout(flex_flow="row wrap", max_width="50em"))
-    return widgets.VBox([history, line, beside, widgets.HBox([decoder, temperature, look, restart]), picture])
+    rows = [widgets.HBox(row).add_class("chat-row") for row in (suggestions, [decoder, seed, temperature, restart])]
+    window = widgets.Box([turns]).add_class("chat-window")
+    return widgets.VBox([style, window, line.add_class("chat-line"), *rows]).add_class("chat")
+
+
+def _turn(bot, line: str, reply) -> str:
+    """A line and its reply as HTML, with the weights: a row per word of the reply, a column per word of the line."""
+    said = f"<div class='chat-you'><b>you</b><p>{html.escape(line)}</p></div>"
+    said += f"<div class='chat-bot'><b>bot</b><p>{html.escape(reply.text)}</p>"
+    if not reply.query:
+        return said + "</div>"
+    query, words, weights = bot.attention(reply)
+    table = "<th></th>" + "".join(f"<th>{html.escape(word)}</th>" for word in query)
+    for word, row in zip(words, weights.tolist(), strict=True):
+        cells = [f"<td title='{share:.0%}' style='background:rgba(52,101,164,{share:.2f})'></td>" for share in row]
+        table += f"</tr><tr><th>{html.escape(word)}</th>" + "".join(cells)
+    return f"{said}<details><summary>what it looked at</summary><table><tr>{table}</tr></table></details></div>"
 
 
 def _smooth(values: Sequence[float], window: int) -> np.ndarray:

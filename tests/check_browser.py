@@ -1,4 +1,4 @@
-"""A reader's visit: real JupyterLab, real Chromium, notebook 04 run from the top, three lines of chat, a heat-map.
+"""A reader's visit: real JupyterLab, real Chromium, notebook 04 run from the top, and its chat used by keyboard.
 
 Works on copies of the notebooks, since JupyterLab saves by itself, and needs a run's checkpoint (`make check` gives a
 copy of one in CHATBOT_RUNS). CHATBOT_SCREENSHOT=FILE.png keeps the picture of the chat.
@@ -6,6 +6,7 @@ copy of one in CHATBOT_RUNS). CHATBOT_SCREENSHOT=FILE.png keeps the picture of t
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -36,6 +37,8 @@ WIDTHS = """all => Promise.all(all.map(async picture => {
     while (!picture.complete || !picture.src) await new Promise(resolve => setTimeout(resolve, 50));
     return picture.naturalWidth;
 }))"""
+
+DARKNESS = "all => all.map(one => Number(getComputedStyle(one).backgroundColor.match(/[\\d.]+\\)$/)?.[0].slice(0, -1)))"
 
 
 @pytest.fixture
@@ -78,8 +81,9 @@ def lab(tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_a_reader_runs_the_notebook_and_talks_to_the_bot(lab, tmp_path):
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1200, "height": 1000})
@@ -90,19 +94,43 @@ def test_a_reader_runs_the_notebook_and_talks_to_the_bot(lab, tmp_path):
         line = page.get_by_placeholder("Say something and press Enter")
         line.wait_for()
         chat = page.locator(".jp-OutputArea-output", has=line).last
+        turns, opened = page.locator(".chat-bot"), page.locator(".chat-bot details[open] table")
+        line.focus()
         for number, text in enumerate(LINES, 1):
-            line.fill(text)
-            line.press("Enter")
-            page.wait_for_function("([count]) => document.querySelectorAll('.chat-bot').length === count", arg=[number])
-        replies = page.locator(".chat-bot").all_inner_texts()
-        page.get_by_role("button", name="Show attention").click()
-        picture = chat.locator("img")
-        picture.wait_for()
-        page.wait_for_function("picture => picture.naturalWidth > 100", arg=picture.element_handle())
+            page.keyboard.type(text)  # the line keeps the focus
+            page.keyboard.press("Enter")
+            expect(turns).to_have_count(number)
+        replies, place = turns.all_inner_texts(), line.bounding_box()
+        turns.last.locator("summary").focus()
+        page.keyboard.press("Space")
+        expect(opened).to_have_count(1)
+        assert opened.locator("td").count() >= 50, "a cell for every pair of words"
+        assert max(opened.locator("td").evaluate_all(DARKNESS)) > 0.5
+        assert turns.last.locator("table").evaluate("table => getComputedStyle(table).fontSize") == "12px"
         chat.screenshot(path=os.environ.get("CHATBOT_SCREENSHOT") or tmp_path / "chat.png")
+        suggestion = chat.locator(".chat-row button").first
+        suggestion.focus()
+        page.keyboard.press("Enter")
+        expect(turns).to_have_count(4)
+        expect(opened).to_have_count(1)  # it stays beside its reply
+        assert line.bounding_box() == place, "the line stays where it is, the conversation scrolls above it"
+        window = chat.locator(".chat-window")
+        assert window.evaluate("one => one.scrollHeight > one.clientHeight && one.scrollTop === 0"), "at its end"
+        drawn = []
+        chat.locator("select").select_option("sampling")
+        for seed in "1", "1", "2":
+            chat.get_by_role("button", name="New conversation").press("Enter")
+            expect(turns).to_have_count(0)
+            chat.locator("input[type=number]").fill(seed)
+            chat.locator("input[type=number]").press("Enter")
+            line.fill(LINES[0])
+            line.press("Enter")
+            expect(turns).to_have_count(1)
+            drawn.append(turns.inner_text())
         errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
         browser.close()
-    assert [reply.startswith("bot ") and len(reply) > 6 for reply in replies] == [True] * 3
+    assert [bool(re.fullmatch(r"bot\s+\S.+\s+what it looked at", reply)) for reply in replies] == [True] * 3, replies
+    assert drawn[0] == drawn[1], "a seed draws the same reply again"
     assert not errors
 
 

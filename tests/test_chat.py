@@ -1,6 +1,7 @@
 import dataclasses
 import html
 import io
+import re
 
 import pytest
 import torch
@@ -113,39 +114,51 @@ def test_raw_words_on_request(bot):
     assert out.getvalue().split() == bot.reply("Hello.").words
 
 
+def parts(box):
+    """The turns, the line, the suggestions, and decoder, seed, temperature and the button for a new conversation."""
+    _, window, line, suggestions, controls = box.children
+    return window.children[0], line, suggestions.children, controls.children
+
+
 def test_the_box_shows_what_was_said_without_running_it(bot):
-    history, line, (decoder, _, look, _), _ = parts(chat_box(bot))
-    assert look.disabled
+    turns, line, _, (decoder, *_) = parts(chat_box(bot))
     line.value = "<script>alert(1)</script>"
-    assert "<script>" not in history.value
-    assert "&lt;script&gt;" in history.value
+    said = turns.children[0].value
+    assert "<script>" not in said
+    assert "&lt;script&gt;" in said
     assert line.value == ""
     assert decoder.value == next(iter(bot.decoders()))
 
 
-def test_the_box_draws_attention_and_begins_anew(bot):
-    history, line, (decoder, temperature, look, anew), picture = parts(chat_box(bot))
+def test_what_a_reply_looked_at_stays_with_it(bot):
+    turns, line, _, _ = parts(chat_box(bot))
     line.value = "Hello there."
-    look.click()
-    assert bytes(picture.value).startswith(b"\x89PNG")
-    assert picture.layout.display == "block"
-    decoder.value = "sampling"
+    first, reply = turns.children[0], bot.reply("Hello there.")
+    query, words, weights = bot.attention(reply)
+    assert re.findall("<th>(.*?)</th>", first.value) == ["", *map(html.escape, [*query, *words])]
+    shares = [float(share) for share in re.findall(r"rgba\(52,101,164,([\d.]+)\)", first.value)]
+    assert shares == pytest.approx(weights.flatten().tolist(), abs=0.006)
+    line.value = " "  # no words, so there is nothing to look at
+    assert turns.children[0] is first
+    assert "<table>" not in turns.children[1].value
+
+
+def test_the_box_begins_anew_and_repeats_itself_by_its_seed(bot):
+    turns, line, _, (decoder, seed, temperature, anew) = parts(chat_box(bot))
+    assert temperature.disabled
+    decoder.value, seed.value, temperature.value = "sampling", 5, 1.5
     assert not temperature.disabled
+    line.value, expected = "Hello there.", bot.reply("Hello there.", "sampling", 5, 1.5)
+    assert html.escape(expected.text) in turns.children[0].value
     anew.click()
-    assert (history.value, look.disabled, picture.layout.display) == ("", True, "none")
+    assert turns.children == ()
 
 
-def parts(box):
-    history, line, _, controls, picture = box.children
-    return history, line, controls.children, picture
-
-
-def test_suggestions_stand_beside_the_box_and_are_said_at_a_click(bot):
-    box = chat_box(bot)
-    history, suggestions = box.children[0], box.children[2].children
+def test_suggestions_stand_below_the_line_and_are_said_at_a_click(bot):
+    turns, _, suggestions, _ = parts(chat_box(bot))
     assert [button.description for button in suggestions] == bot.examples
     suggestions[0].click()
-    assert bot.reply(bot.examples[0]).text in html.unescape(history.value)
+    assert bot.reply(bot.examples[0]).text in html.unescape(turns.children[0].value)
 
 
 def test_a_model_with_context_reads_the_line_before(bot):

@@ -99,9 +99,10 @@ def test_a_notebook_is_whole(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_exercise_has_a_solution(path):
     number = int(path.stem[:2])
-    exercises = re.findall(r"^(\d)\. ", prose(path).partition("## Exercises")[2], re.MULTILINE)
-    solved = re.findall(rf"^### {number}\.(\d) ", prose(SOLUTIONS), re.MULTILINE)
-    assert solved == exercises == ["1", "2", "3"]
+    exercises = re.findall(rf"^### {number}\.(\d) (●+) (.*)", prose(path).partition("## Exercises")[2], re.MULTILINE)
+    solved = re.findall(rf"^### {number}\.(\d) (.*)", prose(SOLUTIONS), re.MULTILINE)
+    assert [level for _, level, _ in exercises] == ["●", "●●", "●●●"]
+    assert solved == [(place, title) for place, _, title in exercises]
 
 
 def test_a_parameter_that_no_notebook_has_is_refused(tmp_path):

@@ -123,7 +123,8 @@ class Series:
         paths[0] = ROOT / "corpora" / "sample" if paths[0] == "sample" else Path(paths[0])  # cornell is held by its sum
         paths[1] = paths[1] if paths[1].exists() else Path(profile)
         yardsticks, found = contents(ROOT / "benchmarks"), {}
-        common = digest(contents(ROOT / "helpers", *(ROOT / "notebooks").glob("*.yaml")), contents(*paths))
+        beside = [path for kind in ("*.yaml", "*.py") for path in (ROOT / "notebooks").glob(kind)]
+        common = digest(contents(ROOT / "helpers", *beside), contents(*paths))
         for name, (needs, _) in NOTEBOOKS.items():
             text = (ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
             with contextlib.suppress(ValueError, LookupError, TypeError):  # what is no notebook is for papermill to say
