@@ -1,4 +1,4 @@
-"""This project against the textbook way, side by side in one run: preparing, training, answering.
+"""This project against the classic tutorial's way, side by side in one run: preparing, training, answering.
 
     python -m benchmarks.bench --device cpu --json results/bench-DEVICE.json    # what `make bench` calls
 
@@ -46,7 +46,7 @@ from helpers.text import PAD, Vocabulary
 
 LINES = (30_000, 304_713, 3_000_000)  # the middle one is the whole Cornell corpus's number
 WORDS = 7_800  # of the vocabulary that training and decoding are timed with
-LOSS = 1.5  # nats a token, the validation loss that both ways are to reach
+LOSS = 1.5  # nats per token, the validation loss that both ways are to reach
 ROUNDS, UPDATES = 5, 16  # the same batches in every round
 # What `make` sets for every process of ours: glibc keeps freed memory for the next tensors, in place of giving it back
 # to the system, which hands it out again page by page.
@@ -92,7 +92,7 @@ def compared(found: dict) -> pd.DataFrame:
     pairs |= {f"replies/s, {size}": (answered["textbook"], answered[size]) for size in ("batch 1", "batch 64")}
     if reached:
         hourly = [[3600 / reached[way]["seconds"]] for way in ("textbook", "ours")]
-        pairs[f"whole trainings an hour to loss {LOSS}"] = tuple(hourly)
+        pairs[f"whole trainings per hour to loss {LOSS}"] = tuple(hourly)
     rows = []
     for name, (theirs, ours) in pairs.items():
         ratios, medians = np.divide(ours, theirs), (np.median(theirs), np.median(ours))
@@ -152,7 +152,7 @@ def updates(device: torch.device) -> dict:
 
 
 def replies(device: torch.device) -> dict[str, list[float]]:
-    """Replies a second from equal weights: the textbook's search, one query at a time, and ours at two batch sizes."""
+    """Replies per second from equal weights: the tutorial's search, one query at a time, and ours at two sizes."""
     settings = load_profile("classic")
     pairs, _, vocabulary = made_up_dialogue()
     model = new_model(settings, len(vocabulary)).to(device).eval()
@@ -227,7 +227,7 @@ class Worker:
         self.flops: dict[str, float] = {}  # of a target token
 
     def train(self, way: str) -> tuple[float, float]:
-        """Some updates: target tokens and floating-point operations a second."""
+        """Some updates: target tokens and floating-point operations per second."""
         if way not in self.updates:
             kind = re.sub(r"^(tf32|bf16)", "fp32", re.sub(r", (graphs|batch \d+)", "", way))
             if kind not in self.flops:  # counted on the CPU, where the GRUs' products can be seen
@@ -242,7 +242,7 @@ class Worker:
         return sum(tokens) / taken, sum(tokens) * self.flops[way] / taken
 
     def update_of(self, way: str, device: torch.device) -> Callable[[], int]:
-        """A new model's update, which returns its target tokens: on random batches of 64 texts by the textbook, by us
+        """A new model's update, which returns its target tokens: on random batches of 64 texts by the tutorial, by us
         on `UPDATES` batches of similar length in turn."""
         if way == "textbook":
             trainer = textbook.StepwiseTrainer(self.vocabulary.ids, device)
@@ -317,7 +317,7 @@ def _reach(way: str, source: Path, device: torch.device) -> tuple[float, int]:
 
 
 def seed(number: int = 1) -> None:
-    """The textbook's weights and batches come from the global random numbers."""
+    """The tutorial's weights and batches come from the global random numbers."""
     random.seed(number)
     torch.manual_seed(number)
 
@@ -329,7 +329,7 @@ def _texts(pairs: Pairs, vocabulary: Vocabulary) -> list[textbook.Pair]:
 
 @contextlib.contextmanager
 def process(way: str) -> Iterator[multiprocessing.pool.Pool]:
-    """A fresh process, for our own way with the C library's settings that `make` gives it, for the textbook without."""
+    """A fresh process, for our own way with the C library's settings that `make` gives it, for the tutorial without."""
     outside = {name: os.environ.pop(name, None) for name in MEMORY}
     os.environ.update({} if way == "textbook" else MEMORY)
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -156,7 +156,8 @@ def checks(here: Stage) -> None:
                 batch = there.batch(torch.arange(4))
                 decoding.greedy(copy.deepcopy(model).to(device), batch.query, batch.query_lengths, 3)
                 path = here.out / "scripted.pt"
-                save_scripted(path, script(copy.deepcopy(model).cpu()), vocabulary, 3)
+                about = {"vocabulary": json.loads(vocabulary.to_json()), "settings": here.profile(profile).to_dict()}
+                save_scripted(path, script(copy.deepcopy(model).cpu()), about)
                 load_scripted(path, device)[0](batch.query, batch.query_lengths, 3)
             return sorted({str(warning.message)[:150] for warning in caught})
 
@@ -203,7 +204,7 @@ def tables(here: Stage, compilation: bool) -> None:
 
 
 def both_ways(here: Stage) -> None:
-    """Training beside the textbook's, both in turns, then larger batches; replies."""
+    """Training beside the classic tutorial's, both in turns, then larger batches; replies."""
     if here.small:
         bench.WORDS, bench.UPDATES = 100, 2
     worker = bench.Worker(here.device, 256 if here.small else 65_536)

@@ -1,10 +1,10 @@
-"""Seconds of a cold start against nats per response: from the textbook's program to our recipe, one change at a time.
+"""Seconds of a cold start against nats per response: from the classic tutorial's program to ours, one change at a time.
 
     python -m benchmarks.speedrun --corpus PATH    # what `make speedrun CORPUS=…` calls; results/speedrun-DEVICE.json
 
 Every program reads the same files, Cornell's two without the conversations of held-out movies, and is held to the same
 short exchanges of the test's movies, all of whose words each of them knows. The clock starts with the process: imports,
-preparation, training and our own validations count; the textbook's program, which has none, is measured off the clock.
+preparation, training and our own validations count; the tutorial's program, which has none, is measured off the clock.
 The recipes take turns, one process at a time. What is in the file already is not run again.
 """
 
@@ -33,7 +33,7 @@ from helpers.run import Run, choose_device, display_path, machine, write_json
 from helpers.settings import DATA_SETTINGS, Settings, UserError, command_line, load_profile
 from helpers.training import fit
 
-SHORT = 9  # words at most, on both sides: what the textbook's program reads
+SHORT = 9  # words at most, on both sides: what the tutorial's program reads
 SEEDS = 3
 LIMIT = 300  # seconds that a program may take
 CORNELL = (LINES, CONVERSATIONS)
@@ -73,7 +73,7 @@ def settings_of(recipe: str, number: int) -> Settings:
 
 def part_in_two(source: Path, folder: Path) -> Texts:
     """Write Cornell's two files without the conversations of held-out movies into a folder; returns the test's
-    exchanges. Raises UserError for a corpus in other files, which the textbook's program cannot read."""
+    exchanges. Raises UserError for a corpus in other files, which the tutorial's program cannot read."""
     corpus, settings = read_corpus(source), load_profile("cornell")
     parts, unit = split(corpus.exchanges, settings.held_out_share, settings.seed)
     part_of = {exchange.movie: part for exchange, part in zip(corpus.exchanges, parts, strict=True)}
@@ -86,7 +86,7 @@ def part_in_two(source: Path, folder: Path) -> Texts:
             if path.is_file():
                 texts[path.name] = path.read_bytes().decode("iso-8859-1")
     if unit != "movie" or set(texts) != set(CORNELL):
-        raise UserError(f"{source} is not {' and '.join(CORNELL)} of several movies, which the textbook reads.")
+        raise UserError(f"{source} is not {' and '.join(CORNELL)} of several movies, which the classic tutorial reads.")
     for name, text in texts.items():
         lines = text.split("\n")
         if name == CONVERSATIONS:
@@ -114,7 +114,7 @@ def known_to_all(exchanges: Texts, folder: Path) -> Texts:
 
 
 def by_textbook(folder: Path, held_out: Texts, number: int, device: torch.device, started: float) -> list[Point]:
-    """The curve of the textbook's program; `started` is a moment of time.time."""
+    """The curve of the tutorial's program; `started` is a moment of time.time."""
     seed(number)
     pairs, ids = textbook.read_pairs(folder, SHORT, load_profile("classic").min_count)
     texts = [[textbook.normalised(text) for text in pair] for pair in held_out]

@@ -1,4 +1,4 @@
-"""What a sweep's trials say, as files: all trials as CSV and the rest as JSON, from which README's table is made.
+"""What a sweep's trials say, as files: all trials as CSV and the rest as JSON, for notebook 05 and docs/results.md.
 
 python -m benchmarks.sweep_report ID --run runs/sweep --results results/sweep-excerpt
 """
@@ -44,15 +44,15 @@ def losses_by_value(table: pd.DataFrame, parameter: str) -> dict[str, pd.Series]
 
 def panels_by_value(groups: dict[str, dict[str, pd.Series]]) -> plt.Figure:
     """One panel per parameter: the loss of every trial at the value it had, and a bar at the value's mean."""
-    figure, panels = plt.subplots(1, len(groups), figsize=(1.9 * len(groups), 3.2), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(groups), figsize=(0.6 + 1.6 * len(groups), 3.6), sharey=True, squeeze=False)
     for axes, (name, by_value) in zip(panels[0], groups.items(), strict=True):
         for place, losses in enumerate(by_value.values()):
             # Side by side in an order by chance: sorted ones would look like a trend.
             losses = np.random.default_rng(0).permutation(losses)
             spread = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
-            axes.plot(place + spread, losses, "o", color=plots.GREY, markersize=3, alpha=0.7)
+            axes.plot(place + spread, losses, "o", color=plots.BLUE, markersize=5, alpha=0.6)
             axes.hlines(losses.mean(), place - 0.35, place + 0.35, color=plots.RED, linewidth=2)
-        axes.set_xticks(range(len(by_value)), list(by_value), rotation=60, fontsize=8)
+        axes.set_xticks(range(len(by_value)), list(by_value), rotation=60)
         axes.set_xlabel(name.replace("_", "\n"))
     panels[0][0].set_ylabel("validation loss")
     return figure

@@ -1,4 +1,4 @@
-"""The textbook way, one decoding step at a time: the yardstick of bench, and used for nothing else.
+"""The classic tutorial's way, one decoding step at a time: the yardstick of bench, and used for nothing else.
 
 It is what a competent reader of the classic chatbot tutorial writes: dictionaries of lines, batches made of word
 lists, a Python loop over decoding steps with softmax, gather and log, a loss read back at every step, two optimisers.
@@ -127,7 +127,7 @@ class StepwiseTrainer:
         return query.to(self.device), lengths, torch.LongTensor(padded).to(self.device), mask.to(self.device)
 
     def train(self, pairs: list[Pair]) -> tuple[float, int]:
-        """One update on a batch of pairs: the mean loss a token, and the number of target tokens."""
+        """One update on a batch of pairs: the mean loss per token, and the number of target tokens."""
         query, lengths, response, mask = self.tensors(pairs)
         self.encoder.train()
         self.decoder.train()
@@ -147,7 +147,7 @@ class StepwiseTrainer:
 
     @torch.no_grad()
     def evaluate(self, batches: list[list[Pair]]) -> float:
-        """The exact mean loss a token, in nats."""
+        """The exact mean loss per token, in nats."""
         self.encoder.eval()
         self.decoder.eval()
         total, tokens = 0.0, 0

@@ -297,7 +297,7 @@ benchmarks.world corpora/sample docs/world.md`), and a test holds both to it.
 A movie is a list of scenes, chains of two to {longest} lines between a visitor and Robin, a small machine. A line has a
 *meaning* (there are {meanings}) and is said in one of that meaning's wordings (there are {wordings} in all), which are
 equally likely. The next line's meaning is drawn with the probabilities that the grammar gives for the line before it,
-and depends on nothing else. It takes over the names and things of that line; others are drawn anew, all equally likely
+and depends on nothing else. It takes over the names and things of that line; others are drawn again, all equally likely
 ({fillers}).
 After each answer the scene ends with probability {stop:g}.
 

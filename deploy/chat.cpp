@@ -1,144 +1,148 @@
-// The bot without Python: answers the lines of standard input with the search, weights and words of scripted.pt.
+// The bot without Python: answers the lines of standard input with the search, weights and words of scripted.pt, as
+// `python -m helpers chat --decoder greedy` does.
 //
 //   cmake -S deploy -B build -DCMAKE_PREFIX_PATH="$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 //   cmake --build build
 //   echo "Hello, who are you?" | build/chat runs/sample/scripted.pt
 //
-// C++ knows nothing of scripts. ICU does: its regular expressions have the properties helpers/text.py asks for. What
-// is not done here: HTML's entities, which a line on standard error says; and what needs a run's settings: declining,
-// context, and cutting long queries, unless their number of words follows as a second argument.
+// With a second file, steps.pt2, the decoder's steps are AOTInductor's and the loop is here; TorchScript encodes.
+// With --times at the end, standard error tells the milliseconds of each reply, and those of its search alone.
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/script.h>
-#include <unicode/locid.h>
-#include <unicode/normalizer2.h>
-#include <unicode/regex.h>
 
-#include <iostream>
-#include <map>
-#include <memory>
+#include <chrono>
 
-using icu::UnicodeString;
-using Words = std::vector<UnicodeString>;
+#include "text.h"
+
+using torch::Tensor;
+using Clock = std::chrono::steady_clock;
 enum { PAD, SOS, EOS, UNK };
 
-const UnicodeString UNSPACED =
-    uR"(\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr})";
-const UnicodeString LETTER = uR"((?:[[\p{L}\p{Nd}]--[)" + UNSPACED + uR"(]]\p{M}*+))";
-const UnicodeString EMOJI = uR"([\p{Extended_Pictographic}--[\u00a9\u00ae\u203c\u2049\u2122]]\p{Emoji_Modifier}?)";
-const UnicodeString WORD = LETTER + u"++(?:'" + LETTER + u"++)*+|[[" + UNSPACED + uR"(]&&[\p{L}\p{N}]]\p{M}*+|)" + EMOJI
-    + uR"((?:\u200d)" + EMOJI + uR"()*+|\p{Regional_Indicator}{2})";
-const UnicodeString ENTITY = u"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});";
-const UnicodeString STRING = uR"~([\[{,:\s]*"((?:[^"\\]|\\.)*+)")~";  // in JSON, with what stands before it
+double since(Clock::time_point began) { return std::chrono::duration<double, std::milli>(Clock::now() - began).count(); }
 
-using Matcher = std::unique_ptr<icu::RegexMatcher>;
+struct Bot {
+  torch::jit::ExtraFilesMap extra{{"vocabulary.json", ""}, {"settings.json", ""}, {"examples.json", ""}};
+  torch::jit::Module search, model;
+  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> steps;
+  UnicodeString word = WORD;  // the regular expression of one
+  Words words{u"<pad>", u"<sos>", u"<eos>", u"<unk>"}, examples, marks, last;
+  std::map<UnicodeString, int64_t> ids;
+  std::map<UnicodeString, UnicodeString> spelling;
+  int64_t longest_query, longest_reply, context;
+  double decline_below, searched = 0;  // milliseconds of the searches of a reply
 
-Matcher matcher_of(const UnicodeString& pattern, const UnicodeString& text, UErrorCode& status) {
-  // To compile a pattern takes longer than to match a line.
-  static std::map<UnicodeString, std::unique_ptr<icu::RegexPattern>> compiled;
-  auto& known = compiled[pattern];
-  if (!known) known.reset(icu::RegexPattern::compile(pattern, 0, status));
-  if (U_FAILURE(status)) throw std::runtime_error(u_errorName(status));
-  return Matcher(known->matcher(text, status));
-}
+  explicit Bot(const std::string& path) : search(torch::jit::load(path, torch::kCPU, extra)) {
+    model = search.attr("model").toModule();
+    const auto vocabulary = UnicodeString::fromUTF8(extra["vocabulary.json"]);
+    for (const auto& known : strings(vocabulary, place(vocabulary, u"words"))) words.push_back(known);
+    for (const auto& known : words) ids.emplace(known, ids.size());
+    const Words spelt = strings(vocabulary, place(vocabulary, u"spelling"));
+    for (size_t at = 0; at + 1 < spelt.size(); at += 2) spelling[spelt[at]] = spelt[at + 1];
+    const UnicodeString all = strings(vocabulary, place(vocabulary, u"marks")).at(0);
+    for (int32_t at = 0; at < all.length(); at = all.moveIndex32(at, 1)) {
+      word += u"|\\" + UnicodeString(all.char32At(at));
+      if (ids.count(all.char32At(at))) marks.push_back(all.char32At(at));
+    }
+    examples = strings(UnicodeString::fromUTF8(extra["examples.json"]), 0);
+    const auto settings = UnicodeString::fromUTF8(extra["settings.json"]);
+    const auto number = [&](const UnicodeString& name) {
+      std::string text;
+      return std::stod(settings.tempSubString(place(settings, name)).toUTF8String(text));
+    };
+    longest_query = number(u"max_query_words"), longest_reply = number(u"max_response_words") + 1;
+    context = number(u"context_words"), decline_below = number(u"decline_below");
+  }
 
-template <class Found>  // called with the matcher at each place, until it returns false
-void each(const UnicodeString& pattern, const UnicodeString& text, int64_t start, Found found) {
-  UErrorCode status = U_ZERO_ERROR;
-  auto matcher = matcher_of(pattern, text, status);
-  for (bool more = matcher->find(start, status); more && found(*matcher, status);) more = matcher->find(status);
-  if (U_FAILURE(status)) throw std::runtime_error(u_errorName(status));
-}
+  Tensor ids_of(const Words& query) const {
+    std::vector<int64_t> found;
+    for (const auto& said : query) found.push_back(ids.count(said) ? ids.at(said) : UNK);
+    return torch::tensor(found).unsqueeze(0);
+  }
 
-UnicodeString replaced(const UnicodeString& text, const UnicodeString& pattern, const UnicodeString& by) {
-  UErrorCode status = U_ZERO_ERROR;
-  UnicodeString result = matcher_of(pattern, text, status)->replaceAll(by, status);
-  if (U_FAILURE(status)) throw std::runtime_error(u_errorName(status));
-  return result;
-}
+  Tensor in_steps(Tensor query, const Tensor& lengths) {
+    // The loop around AOTInductor's package, which takes a query of fixed length and gives the ids of one or more steps.
+    const int64_t fixed = longest_query + (context ? context + 1 : 0);
+    query = torch::constant_pad_nd(query, {0, fixed - query.size(1)}, PAD);
+    const auto encoded = model.get_method("encode")({query, lengths}).toTuple();
+    const auto memory = encoded->elements()[0].toTuple(), state = encoded->elements()[1].toTuple();
+    std::vector<Tensor> now{torch::full({1}, SOS, torch::kLong), torch::zeros({1}, torch::kBool)}, spoken;
+    for (const auto& part : state->elements()) now.push_back(part.toTensor());
+    for (int64_t said = 0; said < longest_reply; said += spoken.back().size(1)) {
+      for (const auto& part : memory->elements()) now.push_back(part.toTensor());
+      auto after = steps->run(now);
+      spoken.push_back(after[0]);
+      now.assign(after.begin() + 1, after.end());
+      if (now[1].item<bool>()) break;
+    }
+    return torch::cat(spoken, 1).slice(1, 0, longest_reply);
+  }
 
-UnicodeString composed(const UnicodeString& text) {
-  UErrorCode status = U_ZERO_ERROR;
-  return icu::Normalizer2::getNFCInstance(status)->normalize(text, status);
-}
+  Words said(const Words& words_asked) {
+    // The greedy reply; no words where it is less probable than the setting decline_below.
+    const Tensor query = ids_of(words_asked), lengths = torch::tensor({query.size(1)});
+    const auto began = Clock::now();
+    const Tensor reply = steps ? in_steps(query, lengths) : search.forward({query, lengths, longest_reply}).toTensor();
+    searched += since(began);
+    if (decline_below > 0) {
+      const Tensor inputs = torch::constant_pad_nd(reply.slice(1, 0, -1), {1, 0}, SOS);
+      const Tensor logs = model.forward({query, lengths, inputs}).toTensor().log_softmax(2);
+      const Tensor each = logs.gather(2, reply.unsqueeze(2)).squeeze(2).masked_fill(reply == PAD, 0);
+      if (each.sum().exp().item<double>() < decline_below) return {};
+    }
+    Words found;
+    for (const auto id : std::vector<int64_t>(reply.data_ptr<int64_t>(), reply.data_ptr<int64_t>() + reply.size(1))) {
+      if (id == EOS) break;
+      found.push_back(words.at(id));
+    }
+    return found;
+  }
 
-Words tokenise(UnicodeString text, const UnicodeString& word) {
-  text = replaced(text, uR"(</?[a-zA-Z]{1,10}(?:\p{White_Space}[^<>]{0,200})?/?>)", u" ");
-  text = replaced(replaced(text, uR"([\u2018\u2019\u02bc\u0091\u0092\u00b4])", u"'"), u"\u0130", u"i");
-  text = replaced(text, uR"((?!\u200d)[\p{Cf}\ufe00-\ufe0f]|\u200d(?!\p{Extended_Pictographic}))", u"");
-  Words words;
-  each(word, composed(replaced(text, uR"((\p{M}{8})\p{M}+)", u"$1")), 0, [&](auto& matcher, auto& status) {
-    words.push_back(composed(matcher.group(status).toLower(icu::Locale::getRoot())));
-    return true;
-  });
-  return words;
-}
-
-UnicodeString spell(UnicodeString text) {
-  text = replaced(text, u"(?<=[" + UNSPACED + uR"(。！？．]\p{M}{0,9}) (?=[)" + UNSPACED + u"])", u"");
-  text = replaced(text, uR"((?<=[¿¡]) | (?=[\p{P}--[¿¡]]))", u"");
-  UnicodeString result = text;
-  each(uR"((?<=^|[.!?] [¿¡]?)\p{Ll})", text, 0, [&](auto& matcher, auto& status) {
-    int32_t start = matcher.start(status), length = matcher.end(status) - start;
-    UnicodeString capital(u_totitle(text.char32At(start)));
-    if (capital.length() == length) result.replace(start, length, capital);
-    return true;
-  });
-  return result;
-}
-
-Words strings(const UnicodeString& json, const UnicodeString& key) {
-  // The strings of a key's value: of a list one after the other, of an object names and values in turn.
-  Words found;
-  int64_t end = json.indexOf(u"\"" + key + u"\": ") + key.length() + 4;
-  each(STRING, json, end, [&](auto& matcher, auto& status) {
-    if (matcher.start(status) != end) return false;
-    end = matcher.end(status);
-    found.push_back(matcher.group(1, status).unescape());
-    return true;
-  });
-  return found;
-}
+  UnicodeString answer(UnicodeString line) {
+    const Words before = std::exchange(last, {});
+    line.remove(0, line.moveIndex32(line.length(), -10000));
+    Words query = tokenise(line, word);
+    if (query.empty()) {
+      return line.trim().isEmpty() ? u"Say something, and I will answer." : u"I see no word in that. Try a sentence?";
+    }
+    query.erase(query.begin(), query.end() - std::min<int64_t>(query.size(), longest_query));
+    if (context && !before.empty()) {
+      query.insert(query.begin(), words[EOS]);
+      query.insert(query.begin(), before.end() - std::min<int64_t>(before.size(), context), before.end());
+    }
+    std::vector<Words> readings{query};  // a mark more or less at the end makes no other question
+    if (std::count(marks.begin(), marks.end(), query.back())) query.pop_back();
+    if (decline_below > 0 && !query.empty()) {
+      readings.push_back(query);
+      for (const auto& mark : marks) (readings.push_back(query), readings.back().push_back(mark));
+    }
+    for (const auto& reading : readings) {
+      if (!(last = said(reading)).empty()) break;
+    }
+    if (!last.empty()) {
+      UnicodeString text;
+      for (const auto& one : last) text += (text.isEmpty() ? u"" : u" ") + (spelling.count(one) ? spelling[one] : one);
+      return spell(text);
+    }
+    if (decline_below == 0) return u"I have no words for that.";
+    UnicodeString text = u"I don't know that; I can answer, for example:";
+    for (size_t at = 0; at < std::min<size_t>(examples.size(), 3); at++) text += u" “" + examples[at] + u"”";
+    return text;
+  }
+};
 
 int main(int count, char** arguments) try {
-  if (count < 2) throw std::runtime_error("give a scripted.pt, and the most words of a query if there is a limit");
-  const size_t longest_query = count > 2 ? std::stoul(arguments[2]) : 10000;
+  const bool timed = count > 1 && std::string(arguments[count - 1]) == "--times";
+  count -= timed;
+  if (count < 2) throw std::runtime_error("give a scripted.pt, and a steps.pt2 if AOTInductor is to do the steps");
   torch::NoGradGuard no_gradients;
-  torch::jit::ExtraFilesMap extra{{"vocabulary.json", ""}, {"limits.json", ""}};
-  auto search = torch::jit::load(arguments[1], torch::kCPU, extra);
-  const int64_t longest_reply = std::stol(extra["limits.json"].substr(extra["limits.json"].find(':') + 1));
-  const UnicodeString json = UnicodeString::fromUTF8(extra["vocabulary.json"]), marks = strings(json, u"marks").at(0);
-  UnicodeString word = WORD;
-  for (int32_t at = 0; at < marks.length(); at = marks.moveIndex32(at, 1)) (word += u"|\\") += marks.char32At(at);
-  Words words{u"<pad>", u"<sos>", u"<eos>", u"<unk>"}, spelt = strings(json, u"spelling");
-  for (const auto& known : strings(json, u"words")) words.push_back(known);
-  std::map<UnicodeString, int64_t> ids;
-  for (const auto& known : words) ids.emplace(known, ids.size());
-  for (size_t at = 0; at + 1 < spelt.size(); at += 2) words.at(ids.at(spelt[at])) = spelt[at + 1];
-
-  for (std::string line; std::getline(std::cin, line);) {
-    UnicodeString text = UnicodeString::fromUTF8(line), reply;
-    text.remove(0, text.moveIndex32(text.length(), -10000));
-    each(ENTITY, text, 0, [](auto& matcher, auto& status) {
-      std::string found;
-      std::cerr << matcher.group(status).toUTF8String(found) << " is read as it stands, not as HTML's entity\n";
-      return true;
-    });
-    Words asked = tokenise(text, word);
-    if (asked.size() > longest_query) asked.erase(asked.begin(), asked.end() - longest_query);
-    std::vector<int64_t> query;
-    for (const auto& said : asked) query.push_back(ids.count(said) ? ids.at(said) : UNK);
-    const auto length = static_cast<int64_t>(query.size());
-    if (query.empty()) {
-      reply = text.trim().isEmpty() ? u"Say something, and I will answer." : u"I see no word in that. Try a sentence?";
-    } else {
-      auto spoken = search.forward({torch::tensor(query).unsqueeze(0), torch::tensor({length}), longest_reply});
-      for (auto id : spoken.toTensor()[0].unbind()) {
-        if (id.item<int64_t>() == EOS) break;
-        reply += (reply.isEmpty() ? u"" : u" ") + words.at(id.item<int64_t>());
-      }
-      reply = reply.isEmpty() ? u"I have no words for that." : spell(reply);
-    }
-    std::string written;
-    std::cout << reply.toUTF8String(written) << std::endl;
+  Bot bot(arguments[1]);
+  if (count > 2) bot.steps = std::make_unique<torch::inductor::AOTIModelPackageLoader>(arguments[2]);
+  for (std::string line, reply; std::getline(std::cin, line); reply.clear()) {
+    const auto began = Clock::now();
+    bot.searched = 0;
+    bot.answer(UnicodeString::fromUTF8(line)).toUTF8String(reply);
+    if (timed) std::cerr << since(began) << " " << bot.searched << std::endl;
+    std::cout << reply << std::endl;
   }
 } catch (const std::exception& error) {
   std::cerr << "error: " << error.what() << "\n";

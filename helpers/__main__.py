@@ -116,7 +116,7 @@ def converse(bot, lines: Iterable[str], out: TextIO, seed: int = 0, raw: bool = 
 
 
 def heat_map(bot, reply) -> str:
-    """The attention weights of a reply in percent: a line a word of the reply, a column a word of the query."""
+    """The attention weights of a reply in percent: a line per word of the reply, a column per word of the query."""
     if reply is None or not reply.query:
         return "There is no reply with words to look at yet."
     import pandas as pd  # here, since only this takes it
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--run", type=Run, metavar="DIR", required=True, help="the run's folder")
         added.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
         if profile is not None:
-            added.add_argument("--corpus", default="sample", help="sample, cornell, or a path (see README)")
+            added.add_argument("--corpus", default="sample", help="sample, cornell, or a path (docs/own_dialogue.md)")
             added.add_argument("--profile", default=profile, help="a name in notebooks/profiles, or a YAML file")
             added.add_argument("--set", nargs="*", default=[], metavar="name=value", help="settings to change")
         return added

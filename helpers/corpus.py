@@ -199,13 +199,13 @@ def _read_cornell(spoken: Numbered, listed: Numbered) -> dict[str, Line]:
         fields = (line + " ").split(SEPARATOR, 4)  # where there is no text, an editor may have cut the last blank
         if len(fields) != 5 or fields[0] in texts:
             wanted = f"5 fields parted by '{SEPARATOR}', a new line id, speaker id, movie id, name and text"
-            raise UserError(f"{LINES}, line {number}: expected {wanted}, not {line:.80}. Mend or remove the line.")
+            raise UserError(f"{LINES}, line {number}: expected {wanted}, not {line:.80}. Correct or remove the line.")
         texts[fields[0]] = fields[4]
     for number, line in listed:
         where, fields = f"{CONVERSATIONS}, line {number}", line.split(SEPARATOR)
         if len(fields) != 4 or not _ID_LIST.fullmatch(fields[3].strip()):
             wanted = f"two speaker ids, a movie id and a list like ['L1', 'L2'], parted by '{SEPARATOR}'"
-            raise UserError(f"{where}: expected {wanted}. Mend or remove the line.")
+            raise UserError(f"{where}: expected {wanted}. Correct or remove the line.")
         ids, before = fields[3].strip()[2:-2].split("', '"), ""
         for line_id in ids:
             if line_id not in texts:
@@ -281,7 +281,7 @@ def _rows(name: str, numbered: Numbered) -> Iterator[tuple[int, dict[str, str]]]
             yield numbered[rows.line_num - 1][0], row
     except csv.Error as error:
         where = f"{name}, line {numbered[rows.line_num - 1][0]}"
-        raise UserError(f"{where}: {error}. Mend the line; close or double the quotes there or before.") from None
+        raise UserError(f"{where}: {error}. Correct the line; close or double the quotes there or before.") from None
 
 
 def _talks(name: str, numbered: Numbered) -> Iterable[tuple[int, list[str] | dict[str, str]]]:

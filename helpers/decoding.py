@@ -74,7 +74,7 @@ def beam_search(
 ) -> Tensor:  # fmt: skip
     """Ids (batch · count, max_words) of each query's `count` replies with the best log-probability / words **
     length_penalty, the best first; rows of PAD where fewer were found.
-    `beam` partial replies a query are kept. A reply that ends joins the finished ones, of which the best are returned;
+    `beam` partial replies per query are kept. A reply that ends joins the finished ones, of which the best are given;
     a query's search is over when `beam` have finished. One beam is greedy search. Raises UserError if there is none."""
     if beam < 1:
         raise UserError(f"A beam search keeps at least 1 partial reply, not {beam}.")

@@ -1,7 +1,7 @@
 """How long a reply takes: parity first, then interleaved rounds, medians and 95th percentiles."""
 
-import copy
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import NamedTuple
 
@@ -58,22 +58,19 @@ def variants(subject: Subject, compilation: bool) -> dict[str, Variant]:
     def fused(steps, example):
         return captured(compiled(steps, example), example)
 
-    def bf16() -> tuple[Search, nn.Module]:
-        half = copy.deepcopy(model).to(torch.bfloat16)
-        return recorded(half, captured), half
-
     kernels = "its int8 kernels are for CPUs" if cuda else ""
     return {
         "textbook": Variant(lambda: (partial(textbook, model), None), False, "" if textbook else "notebook 07 has it"),
         "eager": Variant(lambda: (GreedySearch(model).eval(), None)),
         "TorchScript": Variant(lambda: (script(model), None)),
         "TorchScript int8": Variant(lambda: (search := script(quantised(model)), search.model), True, kernels),
+        "C++": Variant(tuple, missing="deploy/chat.cpp works on a CPU, in notebook 07"),
         "torch.compile": Variant(lambda: (blocks(model, compiled), None), False, compiler),
         "AOTInductor": Variant(lambda: (blocks(model, exported), None), False, compiler),
         "CUDA graphs": Variant(lambda: (recorded(model, captured), None), False, graphs),
         "CUDA graphs, compiled": Variant(lambda: (recorded(model, fused), None), False, graphs or compiler),
         "CUDA graphs TF32": Variant(lambda: (recorded(model, tf32, build_encoder=tf32), model), True, graphs),
-        "CUDA graphs bf16": Variant(bf16, True, graphs),
+        "CUDA graphs bf16": Variant(lambda: (recorded(low := deepcopy(model).bfloat16(), captured), low), True, graphs),
     }
 
 
@@ -114,10 +111,7 @@ def measure(searches: dict[str, Search], pairs: Pairs, size: int, max_words: int
     The textbook answers queries one after the other: of each batch it gets one, and its seconds are a reply's."""
     device, taken = pairs.queries.device, {name: [] for name in searches}
     for start in range(-TURN, max(-(-replies // size), CALLS), TURN):
-        chosen = [
-            torch.arange(number * size, (number + 1) * size) % len(pairs) for number in range(start, start + TURN)
-        ]
-        batches = [pairs.batch(indices) for indices in chosen]
+        batches = [pairs.batch(torch.arange(size * n, size * (n + 1)) % len(pairs)) for n in range(start, start + TURN)]
         for name, search in searches.items():
             rows = 1 if name == "textbook" else size
             calls = [partial(search, batch.query[:rows], batch.query_lengths[:rows], max_words) for batch in batches]

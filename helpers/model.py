@@ -88,7 +88,7 @@ class LuongAttention(nn.Module):
 
     def scores(self, hidden: Tensor, keys: Tensor) -> Tensor:
         """hidden (batch, time, hidden), keys (batch, query time, hidden) to (batch, time, query time)."""
-        if self.v is None:  # in fp32: on CPUs bf16 prepares for each pair of lengths anew
+        if self.v is None:  # in fp32: on CPUs bf16 prepares again for each pair of lengths
             return hidden.float() @ keys.float().transpose(1, 2)
         return torch.tanh(self.for_queries(hidden).unsqueeze(2) + keys.unsqueeze(1)) @ self.v
 
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         self.input_feeding = settings.input_feeding
         width = embedding * 2 if settings.input_feeding else embedding
         sizes = [width] + [hidden] * (settings.layers - 1)
-        # One by one: an nn.GRU's own dropout has cuDNN set up its random numbers anew at every update.
+        # One by one: an nn.GRU's own dropout has cuDNN set up its random numbers again at every update.
         self.grus = nn.ModuleList([nn.GRU(size, hidden, batch_first=True) for size in sizes])
         self.attention = LuongAttention(settings.attention, hidden)
         self.combine = nn.Linear(2 * hidden, embedding)

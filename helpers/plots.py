@@ -12,13 +12,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, GREY = "#3465a4", "#e07b00", "#4e9a06", "#a40000", "#888a85"
+BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e08a00", "#4bbfa0", "#a3123a", "#6f6f6f"  # apart for the colour-blind too
 
 
 def style() -> None:
     """One look for all figures: call once, in a notebook's first cell."""
     matplotlib.rcParams.update({
-        "figure.figsize": (7, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 10,
+        "figure.figsize": (7, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
         "axes.prop_cycle": matplotlib.cycler(color=(BLUE, ORANGE, GREEN, RED, GREY)), "legend.frameon": False,
     })  # fmt: skip
@@ -89,7 +89,7 @@ def attention(query: list[str], reply: list[str], weights: np.ndarray) -> Axes:
 
 
 def grouped_bars(table: pd.DataFrame, xlabel: str, whiskers: pd.DataFrame | None = None) -> Figure:
-    """One group of horizontal bars a row and one colour a column; `whiskers` gives low and high of the first column."""
+    """A group of horizontal bars per row and a colour per column; `whiskers` gives low and high of the first column."""
     names = [str(name).replace("_", " ") for name in table.index]
     size = (7, 0.8 + 0.2 * len(table) * (len(table.columns) + 1))
     axes = table.astype(float).set_axis(names).plot.barh(figsize=size, width=0.8, xlabel=xlabel, ylabel="")

@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from helpers.run import timings
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's own notes stand in notebooks
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else notebooks show the profiler's own notes
 PARTS = ("embed", "encode", "attend", "decode", "project", "loss", "backward", "optimiser")
-# Operators that move no data: they only describe a tensor anew, or ask for memory.
+# Operators that move no data: they only give a tensor another shape, or ask for memory.
 VIEWS = {
     "as_strided", "view", "_unsafe_view", "_reshape_alias", "detach", "empty", "empty_strided", "resize_", "alias",
     "resolve_conj", "resolve_neg",

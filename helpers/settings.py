@@ -180,5 +180,5 @@ def read_yaml(source: Path | str, name: str):
     import yaml  # here, since a checkpoint's settings need none
 
     kinds = (OSError, yaml.YAMLError, ValueError, RecursionError)  # a date such as 2020-99-99 is a ValueError
-    with user_errors(f"{name} cannot be read as YAML", "Mend it, or give another one.", *kinds):
+    with user_errors(f"{name} cannot be read as YAML", "Correct it, or give another one.", *kinds):
         return yaml.safe_load(source.read_bytes() if isinstance(source, Path) else source)

@@ -147,7 +147,7 @@ def open_study(run: Run, name: str, storage: str = "", create: bool = False) -> 
     where = f"(a {url.partition('://')[0]} database)" if "://" in storage else display_path(file)
     kinds = (ImportError, OSError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
     with (
-        user_errors(f"The sweep's storage {where} cannot be opened", "Mend that, or use another one.", *kinds),
+        user_errors(f"The sweep's storage {where} cannot be opened", "Correct that, or use another one.", *kinds),
         FileLock(run.sweep / "opening.lock"),  # the tables of a fresh database must not be made twice
     ):
         for attempt in range(3):  # machines that start on a fresh database at once make its tables twice

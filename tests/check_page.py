@@ -204,7 +204,7 @@ def test_a_reply_takes_a_moment(half, opened, held_out):
         return performance.now() - began;
     })"""
     taken = sorted(half.evaluate(script, [query for query, _ in held_out]))
-    print(f"first reply {first:.0f} ms after opening; then {taken[len(taken) // 2]:.1f} ms a reply in the median")
+    print(f"first reply {first:.0f} ms after opening; then {taken[len(taken) // 2]:.1f} ms per reply in the median")
     assert first < 1000
     assert taken[len(taken) // 2] < 30
 

@@ -12,7 +12,7 @@ from helpers.batches import Prepared
 from helpers.chat import Chatbot
 from helpers.decoding import greedy
 from helpers.evaluation import evaluate
-from helpers.run import Run
+from helpers.run import ROOT, Run
 
 RUN = Run.named("sample")
 
@@ -59,3 +59,12 @@ def test_a_run_leaves_what_the_readme_promises():
         assert path.is_file(), path.name
     assert len(list((RUN.folder / "notebooks").glob("0*.ipynb"))) == 8
     assert len(list(RUN.figures.glob("*.png"))) >= 8
+
+
+def test_the_bot_says_what_readme_shows():
+    bot = Chatbot.load(RUN, torch.device("cpu"))
+    shown = re.findall(r"^you  (.+)\nbot  (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(shown) >= 3
+    for said, reply in shown:
+        now = bot.reply(said).text
+        assert now == reply or ("word" in reply and "word" in now)  # an unknown word is told of in several ways

@@ -30,7 +30,7 @@ def test_the_table_gives_medians_of_the_rounds_ratios_and_their_spread():
     expected = {"textbook": 100, "ours": 500, "ratio": 5, "low": 5, "high": 6, "share of peak": 0.5}
     assert row == pytest.approx(expected)
     assert list(rows.loc["corpus lines/s", ["low", "high"]]) == [4, 5]
-    assert rows.loc[f"whole trainings an hour to loss {bench.LOSS}", "ratio"] == 4
+    assert rows.loc[f"whole trainings per hour to loss {bench.LOSS}", "ratio"] == 4
 
 
 def test_the_pictures_show_the_measured_numbers():

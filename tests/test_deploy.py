@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,7 +14,18 @@ import torch
 
 from helpers.__main__ import main
 from helpers.decoding import GreedySearch
-from helpers.deploy import BlockSearch, captured, cell, compiled, load_scripted, page, quantised, save_scripted, script
+from helpers.deploy import (
+    BlockSearch,
+    captured,
+    cell,
+    compiled,
+    described,
+    load_scripted,
+    page,
+    quantised,
+    save_scripted,
+    script,
+)  # fmt: skip
 from helpers.evaluation import evaluate
 from helpers.latency import answers, parity
 from helpers.model import new_model
@@ -26,10 +38,10 @@ from tests.test_model import SCORES
 
 @pytest.fixture(scope="module")
 def saved(trained, tmp_path_factory):
-    model, vocabulary, *_ = load_model(trained.checkpoint, CPU)
+    model, about = described(trained)
     path = tmp_path_factory.mktemp("scripted") / "scripted.pt"
-    save_scripted(path, script(model), vocabulary, 12)
-    return model, vocabulary, path
+    save_scripted(path, script(model), about)
+    return model, about, path
 
 
 def compared(model, search, pairs, max_words=12, size=64):
@@ -38,14 +50,26 @@ def compared(model, search, pairs, max_words=12, size=64):
 
 
 def test_the_scripted_search_says_what_eager_says(saved, prepared):
-    model, vocabulary, path = saved
-    search, words, max_words = load_scripted(path, CPU)
-    assert (words.words, max_words) == (vocabulary.words, 12)
+    model, about, path = saved
+    search, vocabulary, settings = load_scripted(path, CPU)
+    assert json.loads(vocabulary.to_json()) == about["vocabulary"]
+    assert settings.to_dict() == about["settings"]
     counts = compared(model, search, prepared.splits["test"])
     assert counts["different"] == 0
     assert counts["identical"] + counts["tied"] == len(prepared.splits["test"])
     eager, scripted = (evaluate(m, prepared.splits["test"]).per_token for m in (model, search.model))
     assert scripted == pytest.approx(eager, rel=1e-5)
+
+
+def test_a_scripted_file_says_what_it_is_without_being_loaded(saved):
+    """Settings, vocabulary, origin and licence lie in it as JSON that any program for zip files shows."""
+    with zipfile.ZipFile(saved[2]) as file:
+        named = {name.rpartition("/")[2]: name for name in file.namelist() if "/extra/" in name}
+        assert set(named) == {"settings.json", "vocabulary.json", "examples.json", "origin.json"}
+        assert {name: json.loads(file.read(path)) for name, path in named.items()} == {
+            f"{part}.json": value for part, value in saved[1].items()
+        }
+    assert list(saved[1]["origin"]) == ["Trained on", "Licence of that text"]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -166,6 +190,7 @@ def test_tracing_freezes_the_length_of_the_reply(saved):
         assert eager(query, lengths, 9).size(1) > 1
 
 
+NOT_RECORDED = "not recorded: ask whoever gave the text"
 TEMPLATE = (ROOT / "deploy" / "page.html").read_text(encoding="utf-8")
 
 
@@ -222,8 +247,8 @@ def test_a_page_carries_the_whole_bot(trained, precision, tmp_path, capsys):
     assert text == page(run, precision), "twice the same"
     bot, (model, vocabulary, settings, examples) = inside(text), load_model(run.checkpoint, CPU)
     assert (bot["settings"], bot["examples"], bot["precision"]) == (settings.to_dict(), examples, precision)
-    assert json.loads(bot["vocabulary"]) == json.loads(vocabulary.to_json())
-    assert (bot["corpus"], bot["own"]) == ("<shop>.tsv", True)
+    assert bot["vocabulary"] == json.loads(vocabulary.to_json())
+    assert bot["origin"] == {"Trained on": "<shop>.tsv", "Licence of that text": NOT_RECORDED}
     assert "somebody" not in text
     assert text.count("</script>") == 2
     assert set(bot["weights"]) == {name for name, _ in model.named_parameters()}
@@ -242,8 +267,10 @@ def test_a_page_carries_the_whole_bot(trained, precision, tmp_path, capsys):
 def test_the_embedded_corpus_is_known_and_one_that_nobody_noted_is_not(trained, tmp_path):
     run = Run(tmp_path)
     shutil.copy(trained.checkpoint, run.checkpoint)
-    assert (inside(page(run, "half"))["corpus"], inside(page(run, "half"))["own"]) == ("", False)
+    assert described(run)[1]["origin"] == {"Trained on": "not recorded", "Licence of that text": NOT_RECORDED}
     run.record(corpus={"name": "sample", "source": "sample"})
-    assert (inside(page(run, "half"))["corpus"], inside(page(run, "half"))["own"]) == ("sample", False)
+    assert described(run)[1]["origin"]["Licence of that text"].startswith("MIT")
+    run.record(corpus={"name": "sample", "source": "/home/somebody/sample"})
+    assert described(run)[1]["origin"] == {"Trained on": "sample", "Licence of that text": NOT_RECORDED}
     with pytest.raises(UserError, match="missing"):
         page(Run(tmp_path / "elsewhere"), "half")

@@ -167,6 +167,7 @@ write_json(pathlib.Path({str(tmp_path / "t.json")!r}),
     kept = json.loads((tmp_path / "t.json").read_text())
     assert {row["variant"] for row in kept["rows"]} >= {"eager", "TorchScript"}
     assert kept["left out"]["textbook"] == "notebook 07 has it"
+    assert "notebook 07" in kept["left out"]["C++"]
     assert kept["machine"]["threads"] >= 1
     assert "CUDA graphs" in kept["left out"] or torch.cuda.is_available()
     assert len(pd.read_csv(trained.latency)) == len(kept["rows"])

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.profiler import ProfilerActivity, record_function
 
@@ -156,6 +158,27 @@ def _close():
     plots.style()
     yield
     plt.close("all")
+
+
+# What colours look like to an eye without one kind of cone, in linear RGB (Machado et al. 2009, severity 1).
+EYES = {
+    "all cones": np.eye(3),
+    "no long": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no medium": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "no short": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+@pytest.mark.parametrize("eye", EYES)
+def test_the_colours_differ_for_every_eye(eye):
+    colours = np.array([to_rgb(colour) for colour in plt.rcParams["axes.prop_cycle"].by_key()["color"]])
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.transpose(EYES[eye]), 0, 1) @ XYZ.T
+    x, y, z = np.cbrt(seen / XYZ.sum(axis=1)).T
+    lab = np.column_stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+    apart = [np.linalg.norm(one - other) for one, other in itertools.combinations(lab, 2)]
+    assert min(apart) > 12
 
 
 def test_training_curves_mark_the_best_validation():

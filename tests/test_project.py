@@ -171,22 +171,32 @@ def test_pages_show_formulas_without_a_network():
     assert 'href="solutions.html"' in text
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
-    from readme_tables import README, filled
+def test_the_page_with_the_bot_lies_beside_the_pages(tmp_path, monkeypatch):
+    import make_pages
 
-    text = README.read_text(encoding="utf-8")
-    assert filled(text) == text, "run 'make images'"
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)|src=\"([^\"]+)", text):
-        assert (ROOT / "".join(link)).is_file(), link
+    shown = nbformat.v4.new_code_cell("1", execution_count=1)
+    frame = '<iframe width="100%" height="720" src="../../anywhere/bot.html" title="The bot"></iframe>'
+    shown.outputs = [nbformat.v4.new_output("display_data", {"text/html": frame, "text/plain": "a frame"})]
+    linked = nbformat.v4.new_markdown_cell("Here is [the page](../docs/bot.html).")
+    path = tmp_path / "notebooks" / "04.ipynb"
+    path.parent.mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=[shown, linked]), path)
+    (tmp_path / "bot.html").write_text("the bot")
+    monkeypatch.setattr(sys, "argv", ["make_pages.py", str(tmp_path / "html"), str(path)])
+    assert make_pages.main() == 0
+    text = (tmp_path / "html" / "04.html").read_text(encoding="utf-8")
+    assert 'src="bot.html"' in text
+    assert 'href="bot.html"' in text
+    assert (tmp_path / "html" / "bot.html").read_text() == "the bot"
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """The project's results in a folder of the test's own: `results(name)` reads one, `results(name, new)` writes."""
-    import readme_tables
+    from tools import tables
 
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
 
     def file(name, new=None):
         path = tmp_path / "results" / name
@@ -199,7 +209,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_readme_hides_no_way_that_failed_or_was_left_out(results):
-    from readme_tables import latency
+    from tools.tables import latency
 
     found = results("latency-cpu-amd.json")
     untimed = {"identical": 9, "compared": 10, "parity": False}
@@ -216,10 +226,12 @@ def test_readme_hides_no_way_that_failed_or_was_left_out(results):
     assert "| AOTInductor | left out | left out |" in text
     assert "RuntimeError: no compiler" in text
     assert "| CUDA graphs | – | – |" in text  # a CPU cannot
+    results("latency-cpu-amd.json", found | {"left out": {"C++": "CMake is not installed (cmake)"}})
+    assert "| C++ | – | – |" in latency()
 
 
 def test_machines_stand_side_by_side_and_what_nobody_measured_says_so(results):
-    from readme_tables import TABLES, latency
+    from tools.tables import TABLES, latency
 
     found = results("latency-cpu-amd.json")
     other = found | {
@@ -241,7 +253,7 @@ def test_machines_stand_side_by_side_and_what_nobody_measured_says_so(results):
 
 
 def test_the_share_of_the_limit_is_what_reading_the_weights_takes_at_least():
-    from readme_tables import least_milliseconds, numbers_read
+    from tools.tables import least_milliseconds, numbers_read
 
     grus = 2 * (3 * 500 * (500 + 500) + 2 * 1500)
     assert numbers_read() == grus + (1000 * 500 + 500) + (500 * 7800 + 7800)

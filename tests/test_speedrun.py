@@ -57,7 +57,7 @@ def test_a_zip_is_parted_as_its_folder_is(corpus_folder, parted, tmp_path_factor
 
 def test_a_corpus_in_other_files_is_refused(tmp_path):
     (tmp_path / "mine.tsv").write_text("Hi.\tHello.\n" * 30)
-    with pytest.raises(UserError, match="which the textbook reads"):
+    with pytest.raises(UserError, match="which the classic tutorial reads"):
         speedrun.part_in_two(tmp_path / "mine.tsv", tmp_path)
 
 

@@ -136,7 +136,7 @@ def surroundings(python: str) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE"} | MEMORY | env | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *user]), "PYTHONUTF8": "1", "PIP_USER": "0",
         "JUPYTER_PATH": str(home), "IPYTHONDIR": str(home / "ipython"), "MATPLOTLIBRC": str(home / "matplotlibrc"),
-        # PyTorch's profiler warns of memory older than the profile, at times, on stderr: it would stand in notebook 06.
+        # PyTorch's profiler warns of memory older than the profile, at times, on stderr: notebook 06 would show it.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }  # fmt: skip
 

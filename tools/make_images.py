@@ -14,91 +14,175 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import colormaps, patches
+from matplotlib.animation import FuncAnimation, PillowWriter
 
 from benchmarks.bench import compared
-from benchmarks.results import latency_figure
+from benchmarks.results import latency_figure, roofline
 from benchmarks.speedrun import TEXTBOOK
+from benchmarks.sweep_report import losses_by_value, panels_by_value
 from helpers import plots
-from helpers.chat import Chatbot
+from helpers.chat import Chatbot, Reply
 from helpers.run import ROOT, Run
 from helpers.settings import UserError, command_line
-from tools.readme_tables import measured, result, times
+from helpers.text import SOS
+from tools.tables import measured, renamed, result, times
 
 IMAGES = ROOT / "images"
+CPU = torch.device("cpu")
 QUESTION = "Anna has a red hat and a blue box. What colour is the box?"
 
 
+LOOKED = "Ruth met Leo at the bank. Where is Ruth?"
+SHADES = {"query": "#cfe2f0", "reply": "#fbdfa8", "other": "#e8e8e5"}  # of a diagram's boxes; what is on them is black
+
+
+class Diagram:
+    """A figure without axes, on which boxes and arrows have their places by hand."""
+
+    def __init__(self, width: float, height: float, x: tuple[float, float], y: tuple[float, float]) -> None:
+        self.figure, self.axes = plt.subplots(figsize=(width, height))
+        self.axes.set(xlim=x, ylim=y)
+        self.axes.axis("off")
+
+    def text(self, x: float, y: float, text: str, **style) -> None:
+        self.axes.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": 14} | style)
+
+    def box(self, x: float, y: float, text: str, kind, width: float, height: float = 0.66, **style) -> None:
+        """`kind` is one of SHADES, or a colour."""
+        shape = patches.BoxStyle("round", pad=0, rounding_size=0.1)
+        place = (x - width / 2, y - height / 2), width, height
+        colour = SHADES.get(kind, kind) if isinstance(kind, str) else kind
+        self.axes.add_patch(patches.FancyBboxPatch(*place, boxstyle=shape, facecolor=colour, edgecolor="#555753"))
+        self.text(x, y, text, **style)
+
+    def arrow(self, *points: tuple[float, float], **style) -> None:
+        """A line through the points with its head at the last."""
+        style = {"color": "#555753", "linewidth": 1.2} | style
+        self.axes.plot(*zip(*points[:-1], strict=True), **style)
+        head = {"arrowstyle": "-|>", "mutation_scale": 12, "shrinkA": 0, "shrinkB": 0} | style
+        self.axes.annotate("", xy=points[-1], xytext=points[-2], arrowprops=head)
+
+
+@torch.no_grad()
+def chosen(bot: Chatbot, answer: Reply, step: int) -> tuple[list[float], dict[str, float]]:
+    """The score of each word of the query when a word of the reply was chosen, and the three likeliest words there."""
+    ids, lengths = bot.encode(answer.query)
+    words = torch.tensor([[SOS, *bot.vocabulary.encode(answer.words)]])
+    memory, state = bot.model.encode(ids, lengths)
+    states, _ = bot.model.decoder.recur(bot.model.embedding(words), state.hidden)
+    likely = bot.model(ids, lengths, words)[0, step].softmax(0).topk(3)
+    best = dict(zip(bot.vocabulary.decode(likely.indices.tolist()), likely.values.tolist(), strict=True))
+    return bot.model.decoder.attention.scores(states, memory.keys)[0, step].tolist(), best
+
+
 def architecture(bot: Chatbot) -> plt.Figure:
-    """Encoder, attention and decoder at the moment when the bot says where Ruth is; the weights are the bot's own."""
-    query, reply, weights = bot.attention(bot.reply("Ruth met Leo at the bank. Where is Ruth?", "greedy"))
-    if "bank" not in reply:
-        raise UserError(f"This bot says {' '.join(reply)!r}, not where Ruth is. Draw from the run of 'make run-all'.")
-    step = reply.index("bank")
-    figure, axes = plt.subplots(figsize=(13, 5.2), layout="constrained")
-    axes.axis("off")
+    """Encoder, attention and decoder when the bot says where Ruth is; scores and weights are its own."""
+    answer = bot.reply(LOOKED, "greedy")
+    if "bank" not in answer.words:
+        raise UserError(f"This bot says {answer.text!r}, not where Ruth is. Draw from the run of 'make run-all'.")
+    step = answer.words.index("bank")
+    query, said, weights = bot.attention(answer)
+    scores, likely = chosen(bot, answer, step)
+    t, last = step + 1, len(query) - 1
+    draw = Diagram(9.6, 7.1, (-0.65, 15.9), (-1.25, 10.6))
+    zero, floor, most = 4.2, 5.9, max(map(abs, scores))
+    for s, (word, score, weight) in enumerate(zip(query, scores, weights[step].tolist(), strict=True)):
+        draw.text(s, -0.5, word, style="italic")
+        draw.axes.add_patch(patches.Rectangle((s - 0.43, -0.1), 0.86, 1.9, facecolor="#f1f1ef"))
+        draw.box(s, 0.4, f"$\\overrightarrow{{h}}_{{{s + 1}}}$", "query", 0.64, fontsize=13)
+        draw.box(s, 1.3, f"$\\overleftarrow{{h}}_{{{s + 1}}}$", "query", 0.64, fontsize=13)
+        draw.box(s, 2.6, f"$\\bar h_{{{s + 1}}}$", "query", 0.72)
+        draw.arrow((s, 1.8), (s, 2.27))
+        if s:
+            draw.arrow((s - 0.68, 0.4), (s - 0.32, 0.4))
+            draw.arrow((s - 0.32, 1.3), (s - 0.68, 1.3))
+        draw.axes.bar(s, score / most, 0.6, zero, color=plots.GREY)
+        draw.axes.bar(s, weight, 0.6, floor, color=plots.BLUE)
+        draw.text(s, floor - 0.28, f"{weight:.2f}" if weight >= 0.005 else "0", fontsize=12)
+    for height in (zero, floor):
+        draw.axes.hlines(height, -0.45, last + 0.45, color="#555753", linewidth=0.8)
+    bridge, first, end = last + 1.2, last + 2.4, last + 4.8
+    labels = {
+        2.6: "$\\bar h_s = \\overrightarrow{h}_s + \\overleftarrow{h}_s$", zero: f"score$(h_{t}, \\bar h_s)$",
+        floor + 0.4: f"$a_{t}(s)$ = softmax of\nthe scores",
+    }  # fmt: skip
+    for height, label in labels.items():
+        draw.text(last + 0.7, height, label, ha="left")
+    # The bridge takes both final states: the forward one is the last word's, the backward one the first word's.
+    draw.box(bridge, 0.85, "bridge", "other", 0.66, 1.9, rotation=90)
+    draw.arrow((last + 0.32, 0.4), (bridge - 0.33, 0.4))
+    draw.arrow((-0.32, 1.3), (-0.52, 1.3), (-0.52, -0.95), (bridge, -0.95), (bridge, -0.1))
+    before = bridge + 0.33
+    for number, word, x in ((1, "<sos>", first), (2, said[0], first + 1.1), (t, said[step - 1], end)):
+        draw.text(x, -0.5, word, style="italic")
+        draw.arrow((x, -0.2), (x, 0.52))
+        draw.box(x, 0.85, f"$h_{number}$", "reply", 0.64)
+        draw.arrow((before, 0.85), (x - 0.32, 0.85), linestyle=":" if number == t else "-")
+        before = x + 0.32
+    state = {"color": plots.ORANGE, "linewidth": 2}
+    draw.arrow((end - 0.12, 1.18), (end - 0.12, zero), (last + 3.1, zero), **state)
+    draw.arrow((end + 0.12, 1.18), (end + 0.12, 7.2), **state)
+    looked, mixed = answer.query.index("bank"), end - 1.6
+    draw.box(looked, 7.65, f"context $c_{t} = \\sum_s a_{t}(s)\\, \\bar h_s$", "query", 4.6, 0.9)
+    draw.arrow((looked, floor + 1.05), (looked, 7.2), color=plots.BLUE, linewidth=4)
+    draw.box(mixed, 7.65, f"$\\tilde h_{t} = \\tanh(W_c [c_{t}; h_{t}] + b_c)$", "reply", 4.8, 0.9)
+    draw.arrow((looked + 2.3, 7.65), (mixed - 2.4, 7.65), color=plots.BLUE, linewidth=2)
+    draw.arrow((mixed, 8.1), (mixed, 8.65))
+    draw.text(mixed - 2.5, 9.5, f"softmax$(W_s \\tilde h_{t} + b_s)$", ha="right")
+    for place, (word, probability) in enumerate(likely.items()):
+        height = 10.1 - 0.6 * place
+        draw.text(mixed - 0.6, height, word, ha="right", style="italic", weight="normal" if place else "bold")
+        draw.axes.barh(height, 2 * probability, 0.4, left=mixed - 0.4, color=plots.ORANGE)
+        draw.text(mixed - 0.3 + 2 * probability, height, f"{probability:.3f}", ha="left", fontsize=12)
+    return draw.figure
 
-    def box(x: float, y: float, text: str, colour: str, width: float) -> None:
-        patch = plt.Rectangle((x - width / 2, y - 0.3), width, 0.6, facecolor=colour, edgecolor="black", alpha=0.85)
-        axes.add_patch(patch)
-        axes.text(x, y, text, ha="center", va="center", fontsize=12)
 
-    def arrow(a: tuple[float, float], b: tuple[float, float], **style) -> None:
-        arrowprops = {"arrowstyle": "->", "color": "black", "shrinkA": 0, "shrinkB": 0} | style
-        axes.annotate("", xy=b, xytext=a, arrowprops=arrowprops)
+def moving(bot: Chatbot) -> FuncAnimation:
+    """What the bot looks at while it answers QUESTION: a picture for each word of its reply, and the whole reply."""
+    query, said, weights = bot.attention(bot.reply(QUESTION, "greedy"))
+    cut, weights = query.index(".") + 1, weights.tolist()
+    weights[-1] = [0.0] * len(query)  # EOS is not shown
+    speakers = {"you": 2.35, "": 1.6, "bot": 0.3}
+    draw = Diagram(7, 2.7, (-0.85, 7.95), (-0.05, 2.7))
+    places = []  # of all words, those of the query first
+    for height, words in zip(speakers.values(), (query[:cut], query[cut:], said[:-1]), strict=True):
+        x = 0.0
+        for word in words:
+            width = 0.2 + 0.175 * len(word)
+            places.append((x + width / 2, height, width, word))
+            x += width + 0.12
 
-    def below(x: float, word: str) -> None:
-        axes.text(x, -1.05, word, ha="center", style="italic", fontsize=12)
-        arrow((x, -0.75), (x, -0.3))
+    def picture(step: int) -> None:
+        for drawn in [*draw.axes.texts, *draw.axes.patches, *draw.axes.lines]:
+            drawn.remove()
+        for speaker, height in speakers.items():
+            draw.text(-0.2, height, speaker, ha="right", weight="bold")
+        now = len(query) + step
+        looks = [weight if weight > 0.05 else 0.0 for weight in weights[step]] + [0.0] * len(said)
+        for (x, y, width, word), weight, number in zip(places[: now + 1], looks, range(now + 1), strict=False):
+            if number < len(query):
+                colour = colormaps["Blues"](0.2 + 0.65 * weight) if weight else SHADES["other"]
+            else:
+                colour = plots.ORANGE if number == now else SHADES["reply"]
+            if weight:
+                style = {"color": plots.BLUE, "linewidth": 10 * weight, "alpha": 0.5, "zorder": 0}
+                draw.axes.plot([x, places[now][0]], [y, places[now][1]], **style)
+            ink = "white" if weight > 0.6 else "black"
+            draw.box(x, y, word, colour, width, 0.5, family="monospace", fontsize=15, color=ink)
 
-    blue, orange, green, grey = "#c5d7ee", "#fbd7a8", "#cfe8bd", "#e4e4e0"
-    last, context = len(query) - 1, len(query) / 2 + 1.5
-    for i, (word, weight) in enumerate(zip(query, weights[step].tolist(), strict=True)):
-        below(i, word)
-        box(i, 0, f"$\\bar h_{{{i + 1}}}$", blue, 0.7)
-        arrow((i, 0.3), (context, 2.5), color=plots.BLUE, linewidth=0.6 + 5 * weight, alpha=0.8)
-        axes.text(i - 0.12, 0.5, f"{weight:.2f}", color=plots.BLUE, fontsize=10, ha="right")
-        if i:
-            arrow((i - 0.65, 0.1), (i - 0.35, 0.1))
-            arrow((i - 0.35, -0.1), (i - 0.65, -0.1))
-    bridge = last + 1.3
-    box(bridge, 0, "bridge", grey, 0.9)
-    arrow((last + 0.35, 0), (bridge - 0.45, 0))
-    axes.plot([0, 0, bridge], [-1.25, -1.6, -1.6], color="black", linewidth=1)
-    arrow((bridge, -1.6), (bridge, -0.3))
-    axes.text(bridge - 0.15, -1.5, "the last state forwards (at ?) and backwards (at the first word)", fontsize=10,
-              ha="right", color="#555753")  # fmt: skip
-    for t, word in enumerate(["<sos>", *reply[:step]]):
-        x = bridge + 1.3 + 1.1 * t
-        below(x, word)
-        box(x, 0, f"$h_{t + 1}$", orange, 0.7)
-        arrow((x - 0.75 if t else bridge + 0.45, 0), (x - 0.35, 0))
-    now, t = x - 0.8, step + 1
-    box(context, 2.8, f"context $c_{t} = \\sum_s a_{t}(s)\\, \\bar h_s$", green, 3.2)
-    box(now, 2.8, f"$\\tilde h_{t} = \\tanh(W_c [c_{t}; h_{t}] + b_c)$", green, 3.2)
-    arrow((x, 0.3), (x, 2.5))
-    arrow((context + 1.6, 2.8), (now - 1.6, 2.8))
-    arrow((x - 0.35, 0.3), (context + 0.9, 2.5), linestyle="--", color=plots.GREY)
-    axes.text(x - 2.4, 1.75, f"score$(h_{t}, \\bar h_s)$", color="#555753", fontsize=11, ha="center")
-    box(now, 3.9, f"softmax$(W_s \\tilde h_{t} + b_s)$", grey, 3.2)
-    arrow((now, 3.1), (now, 3.6))
-    axes.text(now, 4.75, reply[step], ha="center", style="italic", fontsize=12)
-    arrow((now, 4.2), (now, 4.65))
-    axes.text(last / 2, -2.0, "query: bidirectional GRU, $\\bar h$ the sum of both directions", ha="center", va="top",
-              fontsize=11, color="#555753")  # fmt: skip
-    axes.text(x - 2.2, -2.0, "response: GRU, one word after another", ha="center", va="top", fontsize=11,
-              color="#555753")  # fmt: skip
-    axes.set(xlim=(-0.9, x + 1.2), ylim=(-2.4, 5.1))
-    return figure
+    return FuncAnimation(draw.figure, picture, frames=[*range(len(said)), len(said) - 1])
 
 
 def ratios(tables: dict[str, pd.DataFrame], xlabel: str) -> plt.Figure:
-    """A panel a machine: bars of its table's `ratio`, whiskers from `low` to `high`, dashed where both are equal."""
+    """A panel per machine: bars of its table's `ratio`, whiskers from `low` to `high`, dashed where both are equal."""
     heights = [0.7 + 0.25 * len(table) for table in tables.values()]
     figure, panels = plt.subplots(len(tables), 1, figsize=(7, sum(heights)), height_ratios=heights, squeeze=False)
     for axes, (name, table) in zip(panels[:, 0], tables.items(), strict=True):
+        names = [name.removesuffix(": target tokens/s") for name in table.index]
         whiskers = [table["ratio"] - table["low"], table["high"] - table["ratio"]]
         drawn = axes.barh(
-            table.index, table["ratio"], xerr=np.clip(whiskers, 0, None), color=plots.BLUE, ecolor=plots.GREY, capsize=3
+            names, table["ratio"], xerr=np.clip(whiskers, 0, None), color=plots.BLUE, ecolor=plots.GREY, capsize=3
         )
         axes.bar_label(drawn, [times(ratio) for ratio in table["ratio"]], padding=3)
         axes.axvline(1, color=plots.RED, linestyle="--")
@@ -111,22 +195,22 @@ def ratios(tables: dict[str, pd.DataFrame], xlabel: str) -> plt.Figure:
 
 
 def before_and_after(machines: dict[str, dict]) -> plt.Figure:
-    """A panel a machine: the milliseconds of each part of a training step, stepwise and as a whole sequence."""
-    figure, panels = plt.subplots(1, len(machines), figsize=(1.5 + 4 * len(machines), 4), squeeze=False)
+    """A panel per machine: the milliseconds of each part of a training step, stepwise and as a whole sequence."""
+    figure, panels = plt.subplots(1, len(machines), figsize=(1 + 3.4 * len(machines), 4), squeeze=False)
     for axes, (name, found) in zip(panels[0], machines.items(), strict=True):
         parts = pd.DataFrame({kind: pd.DataFrame(found[kind]).T["ms"] for kind in ("before", "after")})
         parts.astype(float).loc[list(found["after"])].plot.barh(ax=axes, width=0.8, ylabel="")
-        kernels = ", of kernels alone" if found["machine"]["device"] == "cuda" else ""
-        axes.set(title=name, xlabel=f"milliseconds a step{kernels}")
+        kernels = ", kernels alone" if found["machine"]["device"] == "cuda" else ""
+        axes.set(title=name, xlabel=f"milliseconds per step{kernels}")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
     return figure
 
 
 def scale(machines: dict[str, list[dict]]) -> plt.Figure:
-    """Seconds and peak memory of preparing generated corpora by their lines, on logarithmic axes, a curve a machine."""
+    """Seconds and peak memory of preparing generated corpora by their lines, on log axes, a curve per machine."""
     figure, both = plt.subplots(1, 2, figsize=(8, 3.2))
-    for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory of the process, MB"), strict=True):
+    for axes, key, label in zip(both, ("seconds", "MB"), ("seconds", "peak memory, MB"), strict=True):
         for number, (name, points) in enumerate(machines.items()):
             lines, values = [point["lines"] for point in points], [point[key] for point in points]
             (drawn,) = axes.loglog(lines, values, "o-", label=name)
@@ -144,7 +228,7 @@ def scale(machines: dict[str, list[dict]]) -> plt.Figure:
 
 def compare(models: dict[str, dict]) -> plt.Figure:
     """The loss of several models side by side, each from its `training curve` and `validation curve`."""
-    figure, panels = plt.subplots(1, len(models), figsize=(4.5 * len(models), 3.4), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(models), figsize=(3.9 * len(models), 3.4), sharey=True, squeeze=False)
     for axes, (name, model) in zip(panels[0], models.items(), strict=True):
         updates, values = zip(*model["training curve"], strict=True)
         axes.plot(updates, pd.Series(values).rolling(5, min_periods=1).mean(), label="training, with dropout")
@@ -155,46 +239,52 @@ def compare(models: dict[str, dict]) -> plt.Figure:
         axes.plot(updates[best], values[best], "*", color=plots.RED, markersize=12, label=label)
         axes.set(xlabel="update", title=name)
         axes.legend()
-    panels[0][0].set_ylabel("nats per token, each on its own split")
+    panels[0][0].set_ylabel("nats per token")
     return figure
 
 
 def speedrun(machines: dict[str, dict]) -> plt.Figure:
-    """A panel a machine: nats per response against seconds since the start, a curve a recipe, the first seed's; the
-    dashed line is the textbook's best."""
-    figure, panels = plt.subplots(len(machines), 1, figsize=(8, 4.2 * len(machines)), squeeze=False)
+    """A panel per machine: nats per response against seconds since the start, a curve per recipe, the first seed's; the
+    dashed line is the best of the classic tutorial's program."""
+    figure, panels = plt.subplots(len(machines), 1, figsize=(7, 4.2 * len(machines)), squeeze=False)
     for axes, (name, found) in zip(panels[:, 0], machines.items(), strict=True):
         order = [TEXTBOOK, *found["recipes"]]
         first = [run for run in found["runs"] if run["seed"] == 1]
         for run in sorted(first, key=lambda run: order.index(run["recipe"])):
             after, _, nats = zip(*run["curve"], strict=True)
             textbook = run["recipe"] == TEXTBOOK
-            axes.plot(after, nats, "o-", markersize=3, color=plots.RED if textbook else None, label=run["recipe"])
+            axes.plot(
+                after, nats, "o-", markersize=3, color=plots.RED if textbook else None, label=renamed(run["recipe"])
+            )
             if textbook:
                 axes.axhline(min(nats), color=plots.RED, linestyle="--", linewidth=1)
         axes.set(xlabel="seconds since the start of the process", ylabel="nats per response", title=name)
         axes.set_ylim(top=32)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=10)
     return figure
 
 
 def from_results() -> dict[str, plt.Figure]:
     """The pictures of measured figures by their files' names, of all machines that there are files of."""
     sweep, benches = result("sweep-excerpt.json"), measured("bench")
+    trials = pd.read_csv(ROOT / "results" / "sweep-excerpt.csv")
     importance, interval = (
-        pd.DataFrame(sweep[part]["all trials"]).set_index("parameter") for part in ("importance", "fANOVA interval")
+        pd.DataFrame(sweep[part]["adam alone"]).set_index("parameter") for part in ("importance", "fANOVA interval")
     )
     classic = [
         row | {"model": machine} for machine, found in measured("latency").items() for row in found["rows"]
-        if row["model"].startswith("classic") and row["batch"] in (1, 64)
+        if row["model"].startswith("classic") and row["batch"] == 1
     ]  # fmt: skip
+    roofs = {name: (pd.DataFrame(one["after"]).T, one["peaks"]) for name, one in measured("profile").items()}
     return {
         "compare": compare(result("compare-cornell_excerpt.json")["models"]),
-        "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
+        "sweep_importance": plots.grouped_bars(importance[["fANOVA", "forest"]], "importance, Adam alone", interval),
+        "sweep_trials": panels_by_value({name: losses_by_value(trials, name) for name in sweep["spec"]["parameters"]}),
         "speedrun": speedrun(measured("speedrun")),
         "profile": before_and_after(measured("profile")),
+        "roofline": roofline(roofs),
         "bench": ratios(
-            {name: compared(found) for name, found in benches.items()}, "times as fast as the textbook way (dashed)"
+            {name: compared(found) for name, found in benches.items()}, "times as fast as the classic tutorial (dashed)"
         ),
         "scale": scale({name: found["scale"] for name, found in benches.items() if "scale" in found}),
         "latency_table": latency_figure(classic),
@@ -203,7 +293,7 @@ def from_results() -> dict[str, plt.Figure]:
 
 def from_run(run: Run) -> dict[str, plt.Figure]:
     """The pictures of a trained model by their files' names."""
-    bot = Chatbot.load(run, torch.device("cpu"))
+    bot = Chatbot.load(run, CPU)
     query, said, weights = bot.attention(bot.reply(QUESTION, "greedy"))
     return {
         "architecture": architecture(bot),
@@ -221,6 +311,8 @@ def main() -> None:
     figures = from_results() | (from_run(Run(Path(options.run))) if options.run else {})
     for name, figure in figures.items():
         plots.save(figure, IMAGES / f"{name}.png")
+    if options.run:
+        moving(Chatbot.load(Run(Path(options.run)), CPU)).save(IMAGES / "attention.gif", PillowWriter(fps=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Notebooks as HTML pages that need no network: formulas become MathML, which browsers draw by themselves.
 
 python tools/make_pages.py OUTPUT_FOLDER NOTEBOOK.ipynb …
+
+The page with the bot, which notebook 4 shows in a frame, is copied beside them from the run's folder, above the
+notebooks'.
 """
 
 import base64
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,9 +49,10 @@ def page(path: Path) -> str:
         if cell.cell_type == "markdown":
             # Links between notebooks lead to the pages beside this one.
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", with_mathml(cell.source))
-            cell.source = with_pictures(cell.source)
+            cell.source = with_pictures(cell.source).replace("](../docs/bot.html)", "](bot.html)")
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
     html = exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})[0]
+    html = re.sub(r'(<iframe[^>]* src=")[^"]*/(bot\.html")', r"\1\2", html)
     # nbconvert's style gives code that is an output the font of prose, in which 120 characters are too wide.
     style = "<style>.jp-RenderedMarkdown .highlight pre { font: 12px/1.4 monospace }</style>"
     return html.replace("</head>", f"{style}</head>", 1)
@@ -56,6 +61,9 @@ def page(path: Path) -> str:
 def main() -> int:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
+    for bot in {path.resolve().parent.parent / "bot.html" for path in map(Path, sys.argv[2:])}:
+        if bot.is_file():
+            shutil.copy(bot, folder)
     for path in map(Path, sys.argv[2:]):
         (folder / f"{path.stem}.html").write_text(page(path), encoding="utf-8")
     return 0

@@ -286,13 +286,13 @@ def compare() -> None:
 
 
 def speedrun() -> None:
-    """seconds against nats per response, the textbook's program and ours, on Cornell's files in CORPUS; to results/"""
+    """seconds against nats per response, the classic tutorial's program and ours, on CORPUS; to results/"""
     corpus = located("CORPUS", []) or refuse("CORPUS=path is missing: Cornell's two files, in a folder or a zip.")
     call("-m", "benchmarks.speedrun", "--corpus", corpus, "--device", given("DEVICE", "auto"))
 
 
 def bench() -> None:
-    """this project against the textbook way, side by side: results/bench-MACHINE.json"""
+    """this project beside the classic tutorial's way: results/bench-MACHINE.json"""
     call("-m", "benchmarks.bench", "--device", given("DEVICE", "auto"), "--json", "results/bench-DEVICE.json")
 
 
@@ -309,18 +309,18 @@ def gpu() -> None:
 
 
 def images() -> None:
-    """the pictures in images/, docs/bot.html and the tables of README, from results/ and the run"""
+    """the pictures in images/, docs/bot.html and the tables of README and docs/, from results/ and the run"""
     series = Series()
     series.update()
     call("-m", "tools.make_images", "--run", series.folder)
     call("-m", "helpers", "page", "--run", series.folder)
     shutil.copy(series.folder / "bot.html", ROOT / "docs")
     call("-m", "pytest", "tests/check_browser.py", CHATBOT_SCREENSHOT=str(ROOT / "images" / "chat.png"))
-    call("-m", "tools.readme_tables")
+    call("-m", "tools.tables")
 
 
 def wheelhouse() -> None:
-    """all packages as files, for a machine without an index (README says how)"""
+    """all packages as files, for a machine without an index (docs/offline.md says how)"""
     call("-m", "pip", "download", "-qq", "--disable-pip-version-check", "-d", "wheelhouse", "-r", "requirements.txt")
 
 

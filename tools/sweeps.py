@@ -48,7 +48,7 @@ def usual_mode() -> str:
     if mode != "online":
         return "off" if mode == "disabled" else "offline"
     # The look-up alone: wandb.login() asks the server, and waits where there is no network.
-    with user_errors("The W&B login cannot be used", "Mend it, or add --wandb offline.", wandb.Error, ValueError):
+    with user_errors("The W&B login cannot be used", "Correct it, or add --wandb offline.", wandb.Error, ValueError):
         found = wbauth.authenticate_session(host=host, source="a sweep", prompt=False, update_session=False)
     return "online" if found else "offline"
 
@@ -58,7 +58,7 @@ def create_sweep(spec: dict, data: str) -> str:
     Returns its path, `[entity/]project/id`. Raises UserError if W&B refuses."""
     entity, project = spec.get("entity"), spec.get("project", PROJECT)
     spec = {"program": "tools.sweeps"} | spec | {"command": [*(spec.get("command") or COMMAND), "--data", data]}
-    with user_errors("W&B did not take the sweep", "Mend that, or add --wandb offline.", wandb.Error, ValueError):
+    with user_errors("W&B did not take the sweep", "Correct that, or add --wandb offline.", wandb.Error, ValueError):
         return "/".join(filter(None, [entity, project, wandb.sweep(spec, project=project, entity=entity)]))
 
 

@@ -1,7 +1,7 @@
-"""README's tables of measured figures, from the files in `results/`: fills them in, or with --check compares.
+"""The tables of measured figures on README and the pages of docs/, from the files in `results/`: fills them in.
 
-A table stands in README between `<!-- NAME -->` and `<!-- /NAME -->`; NAME is a function of this file. What is measured
-on several machines, in `results/NAME-MACHINE.json`, stands side by side, a column for each machine.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; NAME is a function of this file. What is measured on
+several machines, in `results/NAME-MACHINE.json`, stands side by side, a column for each machine.
 """
 
 import functools
@@ -9,17 +9,17 @@ import json
 import math
 import re
 import statistics
-import sys
 
 import torch
 
 from benchmarks.bench import compared
 from benchmarks.classic import CLASSIC, REPLY, WORDS
-from benchmarks.speedrun import TEXTBOOK, seconds_to
+from benchmarks.speedrun import FREQUENCIES, TEXTBOOK, seconds_to
 from helpers.model import new_model
 from helpers.run import ROOT, write_text
 
-README, NOTHING = ROOT / "README.md", "Not measured yet: see `make help`."
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTHING = "Not measured yet: see `make help`."
 
 
 def result(name: str) -> dict:
@@ -55,44 +55,51 @@ def times(ratio: float) -> str:
     return f"{ratio:.{0 if ratio >= 99.5 else 1 if ratio >= 9.95 else 2}f}×"
 
 
+def renamed(recipe: str) -> str:
+    """A way's name in `results/` as the pages say it: what the files call the textbook is the classic tutorial."""
+    return recipe.replace("textbook", "classic tutorial")
+
+
 def summary() -> str:
-    """The figure of each table that a visitor asks for first."""
+    """The classic recipe beside ours, in one table."""
     models = result("compare-cornell_excerpt.json")["models"]
     classic, cornell = models["classic"], models["cornell"]
     nats = [f"{model['short']['nats per response']:.1f}" for model in (classic, cornell)]
     same = [f"{model['decoders'][decoder]['commonest share']:.0%}"
-            for model, decoder in ((cornell, "mmi"), (classic, "greedy"), (cornell, "greedy"))]  # fmt: skip
-    first = result("sweep-excerpt.json")["importance"]["all trials"][0]
-    explained = first["correlation"] ** 2
-    training = "".join(f"\n  - {name}: {trains(found)}" for name, found in measured("bench").items())
-    replying = "".join(f"\n  - {name}: {answers(found)}" for name, found in measured("latency").items())
-    return f"""- **Talks better**: a held-out response costs {nats[1]} nats, the classic recipe's model {nats[0]}.
-  Of 500 replies the commonest makes up {same[0]} with our decoder, *mmi*, and {same[1]} with the classic's, greedy
-  search (with which ours would have {same[2]}).
-- **Trains faster** than the textbook way:{training or " not measured."}
-- **Answers faster**, one query at a time, at the classic size:{replying or " not measured."}
-- **What mattered** in the sweep: the {first["parameter"]}, which explains {explained:.0%} of the loss's variance."""
+            for model, decoder in ((classic, "greedy"), (cornell, "mmi"), (cornell, "greedy"))]  # fmt: skip
+    rows = [
+        ["a held-out response, nats (the fewer, the likelier)", *nats],
+        ["the commonest of 500 replies", f"{same[0]} (greedy)", f"{same[1]} (*mmi*); {same[2]} (greedy)"],
+    ]
+    for name, one in measured("speedrun").items():
+        curves = [run["curve"] for recipe in (TEXTBOOK, FREQUENCIES) for run in one["runs"]
+                  if (run["recipe"], run["seed"]) == (recipe, 1)]  # fmt: skip
+        best = min(nats for *_, nats in curves[0])
+        after = [f"{seconds_to(curve, best):.0f} s" for curve in curves]
+        rows.append([f"from the start to {best:.2f} nats, the classic's best in {one['limit']} s: {name}", *after])
+    rows += [[f"training, words per second: {name}", *trains(one)] for name, one in measured("bench").items()]
+    rows += [[f"one reply: {name}", *answers(one)] for name, one in measured("latency").items()]
+    return table(["", "classic tutorial", "ours"], rows)
 
 
-def trains(found: dict) -> str:
-    """How many times as fast as the textbook at batch 64, and at the best batch."""
+def trains(found: dict) -> list[str]:
+    """Target tokens per second of the classic tutorial, and of our fastest way at its batch size and at any."""
     rates = {way: statistics.median(values["tokens"]) for way, values in found["training"].items()}
-    ways = {"fp32": "fp32", "bf16": "bf16", "bf16, graphs": "bf16 with CUDA graphs"}
-    said = [f"{times(rates[way] / rates['textbook'])} in {name}" for way, name in ways.items() if way in rates]
+    textbook = rates.pop("textbook")
+    best = max(rates, key=rates.get)
+    said = [f"{rates[best]:,.0f}, **{times(rates[best] / textbook)}** ({best})"]
     if larger := found.get("larger batches"):
         best = max(larger, key=lambda way: larger[way]["tokens"])
-        said.append(f"{times(larger[best]['tokens'] / rates['textbook'])} at {best.rpartition(', ')[2]}")
-    return ", ".join(said)
+        said.append(f"**{times(larger[best]['tokens'] / textbook)}** at {best.rpartition(', ')[2]}")
+    return [f"{textbook:,.0f}", ", ".join(said)]
 
 
-def answers(found: dict) -> str:
-    """The fastest way's milliseconds a reply, beside the textbook's."""
+def answers(found: dict) -> list[str]:
+    """Milliseconds per reply of the classic tutorial and of our fastest way, one query at a time."""
     rows = [row for row in found["rows"] if row["model"].startswith("classic") and row["batch"] == 1 and row["parity"]]
     textbook, fastest = rows[0], min(rows, key=lambda row: row["p50 ms"])
-    return (
-        f"{fastest['p50 ms']:.1f} ms a reply with {fastest['variant']}, the textbook {textbook['p50 ms']:.1f} ms "
-        f"({times(fastest['vs textbook'])})"
-    )
+    ours = f"{fastest['p50 ms']:.1f} ms, **{times(fastest['vs textbook'])}** ({fastest['variant']})"
+    return [f"{textbook['p50 ms']:.1f} ms", ours]
 
 
 def quality() -> str:
@@ -106,7 +113,7 @@ def quality() -> str:
                 f"{figures['commonest share']:.1%}", f"{figures['distinct-2']:.2f}", f"{figures['BLEU']:.2f}",
                 f"{figures['mean words']:.1f}",
             ])  # fmt: skip
-    header = ["recipe", "nats a response (perplexity)", "decoder", "commonest reply", "distinct-2", "BLEU", "words"]
+    header = ["recipe", "nats per response (perplexity)", "decoder", "commonest reply", "distinct-2", "BLEU", "words"]
     return f"""{table(header, rows)}
 
 `make compare CORPUS=…` on an excerpt of the Cornell corpus ({found["corpus"]["lines"]:,} lines): likelihood on
@@ -115,7 +122,7 @@ def quality() -> str:
 
 
 def speedrun() -> str:
-    """Seconds to a loss, from the textbook's program to our quick recipe."""
+    """Seconds to a loss, from the classic tutorial's program to our quick recipe."""
     if not (found := measured("speedrun")):
         return NOTHING
     parts = []
@@ -131,7 +138,8 @@ def speedrun() -> str:
             return f"{after:.0f} s" if after < math.inf else "–"
 
         rows = [
-            [recipe, f"{best[recipe]:.2f}", *(cell(runs, nats) for nats in limits)] for recipe, runs in curves.items()
+            [renamed(recipe), f"{best[recipe]:.2f}", *(cell(runs, nats) for nats in limits)]
+            for recipe, runs in curves.items()
         ]
         names = [f"to {nats:.2f}" for nats in limits]
         seeds = max(map(len, curves.values()))
@@ -156,28 +164,29 @@ def replies() -> str:
 
 
 def sweep() -> str:
-    """What moved the validation loss."""
+    """What moved the validation loss: among Adam's trainings first, then over the whole space."""
     found = result("sweep-excerpt.json")
     everything, adam = (
         {row["parameter"]: row for row in found["importance"][part]} for part in ("all trials", "adam alone")
     )
-    ways = ("fANOVA", "PED-ANOVA", "forest")
+    sure = {
+        row["parameter"]: f"{row['low']:.2f} to {row['high']:.2f}" for row in found["fANOVA interval"]["adam alone"]
+    }
     rows = [
         [
-            name.replace("_", " "),
-            *(f"{everything[name][way]:.3f}" for way in ways),
-            f"{adam[name]['fANOVA']:.2f}" if name in adam else "",
+            name.replace("_", " "), *([f"{adam[name]['fANOVA']:.2f}", sure[name]] if name in adam else ["–", "–"]),
+            *(f"{everything[name][way]:.3f}" for way in ("fANOVA", "PED-ANOVA", "forest")),
         ]
-        for name in everything
-    ]
-    header = ["parameter", "fANOVA", "PED-ANOVA", "random forest", "fANOVA, Adam alone"]
+        for name in [*adam, *(name for name in everything if name not in adam)]
+    ]  # fmt: skip
+    header = ["parameter", "Adam alone: fANOVA", "in 90% of draws", "whole space: fANOVA", "PED-ANOVA", "random forest"]
     return f"""{table(header, rows)}
 
-Three measures of importance for the validation loss, each scaled to a sum of 1 (notebook 05 says what each asks), over
+Measures of importance for the validation loss, each scaled to a sum of 1 (notebook 05 says what each asks), over
 {found["states"]["complete"]} random trials of {found["starting point"]["updates"]} updates on an excerpt of the Cornell
 corpus: `make sweep CORPUS=…`, `make sweep-worker SWEEP=id`, then
-`python -m benchmarks.sweep_report ID --run runs/sweep --results results/sweep-excerpt`. In the last column,
-Adam's trials that trained to the very same loss count once; notebook 05 says how sure its shares are.
+`python -m benchmarks.sweep_report ID --run runs/sweep --results results/sweep-excerpt`. In the columns of Adam alone,
+trials that trained to the very same loss count once.
 {device(found["machine"])}."""
 
 
@@ -213,7 +222,7 @@ Peaks measured in the same run: {peaks}. {devices(found)}"""
 
 
 def bench() -> str:
-    """This project against the textbook way."""
+    """This project against the classic tutorial's way."""
     if not (found := measured("bench")):
         return NOTHING
     tables = {name: compared(one) for name, one in found.items()}
@@ -248,11 +257,11 @@ def bench() -> str:
             lines.setdefault(kind, {})[batch] = told
         batches = list(dict.fromkeys(batch for line in lines.values() for batch in line))
         rows = [[kind, *(line.get(batch, "") for batch in batches)] for kind, line in lines.items()]
-        parts += [f"{name}, larger batches: target tokens/s, times the textbook's at batch 64, memory of the device",
+        parts += [f"{name}, larger batches: target tokens/s, times the tutorial's at batch 64, memory of the device",
                   table(["training", *batches], rows)]  # fmt: skip
-    parts.append(f"""Medians over the rounds of one run in which both ways take turns: textbook → ours, their ratio and
-the rounds' ratios; *of peak* is the share of the measured matrix peak, *graphs* is each update as a CUDA graph. An
-empty cell was not measured. Generated corpora are prepared thus: {scale}.
+    parts.append(f"""Medians over the rounds of one run in which both ways take turns: the classic tutorial → ours,
+their ratio and the rounds' ratios; *of peak* is the share of the measured matrix peak, *graphs* is each update as a
+CUDA graph. An empty cell was not measured. Time to prepare generated corpora: {scale}.
 Measured peaks: {peaks}.
 `make bench`, on a GPU `make gpu`. {devices(found)}""")
     return "\n\n".join(parts)
@@ -278,7 +287,7 @@ def least_milliseconds(way: str, copied: float) -> float:
 
 
 def latency() -> str:
-    """Every way of answering at the classic size: milliseconds a reply, times the textbook's, share of the limit."""
+    """Every way of answering at the classic size: milliseconds per reply, times the tutorial's, share of the limit."""
     if not (found := measured("latency")):
         return NOTHING
     limits = measured("bench")
@@ -300,7 +309,7 @@ def latency() -> str:
             said += f", {share:.{0 if share >= 0.095 else 1}%}"
         return said + ")"
 
-    lines = [[way, *(cell(name, way, size) for name in found for size in (1, 64))] for way in ways]
+    lines = [[renamed(way), *(cell(name, way, size) for name in found for size in (1, 64))] for way in ways]
     header = ["way", *(f"{name}, batch {size}" for name in found for size in (1, 64))]
     left = "; ".join(
         f"{way} on the {name}: {why}" for name, one in found.items() for way, why in one["left out"].items()
@@ -310,11 +319,11 @@ def latency() -> str:
     copies = ", ".join(f"{name} {limits[name]['peaks']['copy GB/s']:,.0f}" for name in found if name in limits)
     return f"""{table(header, lines)}
 
-Median milliseconds a reply of the classic model ({CLASSIC.hidden_size} units, {CLASSIC.layers} layers, {WORDS:,} words,
-replies of {REPLY} words) and, in brackets, how many times as fast as the textbook; *textbook* answers one query at a
-time and always goes on to the longest reply. The percentage is the share of the machine's limit: at batch 1 each step
-reads the decoder's {numbers_read() / 1e6:.1f} million weights once (4 bytes each, 2 in bf16, 1 in int8), at the rate of
-a large copy at best: in GB/s, read and written counted alike, {copies}.
+Median milliseconds per reply of the classic model ({CLASSIC.hidden_size} units, {CLASSIC.layers} layers, {WORDS:,}
+words, replies of {REPLY} words) and, in brackets, how many times as fast as the *classic tutorial*, which answers one
+query at a time and always goes on to the longest reply. The percentage is the share of the machine's limit: at batch 1
+each step reads the decoder's {numbers_read() / 1e6:.1f} million weights once (4 bytes each, 2 in bf16, 1 in int8),
+at the rate of a large copy at best: in GB/s, read and written counted alike, {copies}.
 The encoder is left out; weights that stay in a cache may be read faster than that. Every way was first compared with
 eager on held-out queries: {compared}. A dash: that machine cannot.{f" Left out: {left}." if left else ""}
 `make latency RUN=name`; other sizes, the run's own model, the 95th percentiles and parity are in `results/` and in
@@ -324,7 +333,8 @@ notebook 07. {devices(found)}"""
 def absent(found: dict, way: str) -> str:
     """Why a machine has no figure for a way: it cannot, nobody asked for it, or it was tried and left out."""
     reason = found["left out"].get(way, "")
-    if (found["machine"]["device"] == "cpu" and way.startswith("CUDA")) or "are for CPUs" in reason:
+    cannot = any(why in reason for why in ("are for CPUs", "works on a CPU", "not installed"))
+    if (found["machine"]["device"] == "cpu" and way.startswith("CUDA")) or cannot:
         return "–"
     return "left out" if reason and "not asked for" not in reason else "not measured"
 
@@ -360,7 +370,7 @@ with the same weights bit for bit ({sum(bits)} of {len(bits)} comparisons in fp3
 
 
 def filled(text: str) -> str:
-    """README's text with every table as `results/` has it now."""
+    """A page's text with every table as `results/` has it now."""
 
     def fill(match: re.Match) -> str:
         return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- /{match[1]} -->"
@@ -374,16 +384,10 @@ TABLES = {
 }
 
 
-def main() -> int:
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv[1:]:
-        if before != after:
-            print("error: README's tables differ from results/; run 'make images'", file=sys.stderr)
-        return int(before != after)
-    write_text(README, after)
-    return 0
+def main() -> None:
+    for page in PAGES:
+        write_text(page, filled(page.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
