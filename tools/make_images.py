@@ -31,9 +31,6 @@ from tools.tables import measured, renamed, result, times
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")
 QUESTION = "Anna has a red hat and a blue box. What colour is the box?"
-
-
-LOOKED = "Ruth met Leo at the bank. Where is Ruth?"
 SHADES = {"query": "#cfe2f0", "reply": "#fbdfa8", "other": "#e8e8e5"}  # of a diagram's boxes; what is on them is black
 
 
@@ -77,15 +74,15 @@ def chosen(bot: Chatbot, answer: Reply, step: int) -> tuple[list[float], dict[st
 
 
 def architecture(bot: Chatbot) -> plt.Figure:
-    """Encoder, attention and decoder when the bot says where Ruth is; scores and weights are its own."""
-    answer = bot.reply(LOOKED, "greedy")
-    if "bank" not in answer.words:
-        raise UserError(f"This bot says {answer.text!r}, not where Ruth is. Draw from the run of 'make run-all'.")
-    step = answer.words.index("bank")
+    """Encoder, attention and decoder when the bot says which colour the box has; scores and weights are its own."""
+    answer = bot.reply(QUESTION, "greedy")
+    if "blue" not in answer.words:
+        raise UserError(f"This bot says {answer.text!r}, not blue. Draw from the run of 'make run-all'.")
+    step = answer.words.index("blue")
     query, said, weights = bot.attention(answer)
     scores, likely = chosen(bot, answer, step)
     t, last = step + 1, len(query) - 1
-    draw = Diagram(9.6, 7.1, (-0.65, 15.9), (-1.25, 10.6))
+    draw = Diagram(12.5, 7.1, (-0.65, last + 5.9), (-1.25, 10.6))
     zero, floor, most = 4.2, 5.9, max(map(abs, scores))
     for s, (word, score, weight) in enumerate(zip(query, scores, weights[step].tolist(), strict=True)):
         draw.text(s, -0.5, word, style="italic")
@@ -123,7 +120,7 @@ def architecture(bot: Chatbot) -> plt.Figure:
     state = {"color": plots.ORANGE, "linewidth": 2}
     draw.arrow((end - 0.12, 1.18), (end - 0.12, zero), (last + 3.1, zero), **state)
     draw.arrow((end + 0.12, 1.18), (end + 0.12, 7.2), **state)
-    looked, mixed = answer.query.index("bank"), end - 1.6
+    looked, mixed = answer.query.index("blue"), end - 1.6
     draw.box(looked, 7.65, f"context $c_{t} = \\sum_s a_{t}(s)\\, \\bar h_s$", "query", 4.6, 0.9)
     draw.arrow((looked, floor + 1.05), (looked, 7.2), color=plots.BLUE, linewidth=4)
     draw.box(mixed, 7.65, f"$\\tilde h_{t} = \\tanh(W_c [c_{t}; h_{t}] + b_c)$", "reply", 4.8, 0.9)
