@@ -1,4 +1,5 @@
-"""A reader's visit: real JupyterLab, real Chromium, notebook 04 run from the top, three lines of chat, a heat-map.
+"""A reader's visit: real JupyterLab, real Chromium, notebook 04 run from the top, three lines of chat, a heat-map, and
+the page with the bot in its frame.
 
 Works on copies of the notebooks, since JupyterLab saves by itself, and needs a run's checkpoint (`make check` gives a
 copy of one in CHATBOT_RUNS). CHATBOT_SCREENSHOT=FILE.png keeps the picture of the chat.
@@ -15,7 +16,7 @@ import urllib.request
 
 import pytest
 
-from helpers.run import ROOT
+from helpers.run import ROOT, Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LINES = ["Hello!", "Hello, who are you?", "Anna has a red hat and a blue box. What colour is the box?"]
@@ -44,6 +45,7 @@ def lab(tmp_path):
     root = tmp_path / "root"
     for folder in ("benchmarks", "docs", "notebooks", "images", "helpers", "results"):
         shutil.copytree(ROOT / folder, root / folder)
+    shutil.copytree(Run.named("sample").folder, root / "runs" / "sample")
     settings = tmp_path / "settings" / "@jupyterlab"
     for plugin, name in (("apputils-extension", "notification"), ("notebook-extension", "tracker")):
         (settings / plugin).mkdir(parents=True)
@@ -56,6 +58,7 @@ def lab(tmp_path):
         "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
         "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
         "PYTHONPATH": str(ROOT),
+        "CHATBOT_RUNS": str(root / "runs"),  # where the server reaches the page that the notebook shows
     }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
                "--IdentityProvider.token=reader", "--LabApp.expose_app_in_browser=True"]  # fmt: skip
@@ -100,9 +103,12 @@ def test_a_reader_runs_the_notebook_and_talks_to_the_bot(lab, tmp_path):
         picture.wait_for()
         page.wait_for_function("picture => picture.naturalWidth > 100", arg=picture.element_handle())
         chat.screenshot(path=os.environ.get("CHATBOT_SCREENSHOT") or tmp_path / "chat.png")
+        framed = page.frame_locator("iframe[title='The bot, word by word']")
+        in_the_frame = framed.locator("#log .bot button").inner_text()
         errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
         browser.close()
     assert [reply.startswith("bot ") and len(reply) > 6 for reply in replies] == [True] * 3
+    assert in_the_frame == "The box is blue."
     assert not errors
 
 
