@@ -1,4 +1,5 @@
-"""A reader's visit: real JupyterLab, real Chromium, notebook 04 run from the top, and its chat used by keyboard.
+"""A reader's visit: real JupyterLab, real Chromium, notebook 04 run from the top, its chat used by keyboard, and the
+page with the bot in its frame.
 
 Works on copies of the notebooks, since JupyterLab saves by itself, and needs a run's checkpoint (`make check` gives a
 copy of one in CHATBOT_RUNS). CHATBOT_SCREENSHOT=FILE.png keeps the picture of the chat.
@@ -16,7 +17,7 @@ import urllib.request
 
 import pytest
 
-from helpers.run import ROOT
+from helpers.run import ROOT, Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LINES = ["Hello!", "Hello, who are you?", "Anna has a red hat and a blue box. What colour is the box?"]
@@ -47,6 +48,7 @@ def lab(tmp_path):
     root = tmp_path / "root"
     for folder in ("benchmarks", "docs", "notebooks", "images", "helpers", "results"):
         shutil.copytree(ROOT / folder, root / folder)
+    shutil.copytree(Run.named("sample").folder, root / "runs" / "sample")
     settings = tmp_path / "settings" / "@jupyterlab"
     for plugin, name in (("apputils-extension", "notification"), ("notebook-extension", "tracker")):
         (settings / plugin).mkdir(parents=True)
@@ -59,6 +61,7 @@ def lab(tmp_path):
         "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
         "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
         "PYTHONPATH": str(ROOT),
+        "CHATBOT_RUNS": str(root / "runs"),  # where the server reaches the page that the notebook shows
     }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
                "--IdentityProvider.token=reader", "--LabApp.expose_app_in_browser=True"]  # fmt: skip
@@ -128,9 +131,12 @@ def test_a_reader_runs_the_notebook_and_talks_to_the_bot(lab, tmp_path):
             expect(turns).to_have_count(1)
             drawn.append(turns.inner_text())
         errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
+        framed = page.frame_locator("iframe[title='The bot, word by word']")
+        in_the_frame = framed.locator("#log .bot button").inner_text()
         browser.close()
     assert [bool(re.fullmatch(r"bot\s+\S.+\s+what it looked at", reply)) for reply in replies] == [True] * 3, replies
     assert drawn[0] == drawn[1], "a seed draws the same reply again"
+    assert in_the_frame == "The box is blue."
     assert not errors
 
 
