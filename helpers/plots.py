@@ -153,7 +153,7 @@ def _turn(bot, line: str, reply) -> str:
     query, words, weights = bot.attention(reply)
     table = "<th></th>" + "".join(f"<th>{html.escape(word)}</th>" for word in query)
     for word, row in zip(words, weights.tolist(), strict=True):
-        cells = [f"<td title='{share:.0%}' style='background:rgba(52,101,164,{share:.2f})'></td>" for share in row]
+        cells = [f"<td title='{share:.0%}' style='background:rgba(0,114,178,{share:.2f})'></td>" for share in row]
         table += f"</tr><tr><th>{html.escape(word)}</th>" + "".join(cells)
     return f"{said}<details><summary>what it looked at</summary><table><tr>{table}</tr></table></details></div>"
 

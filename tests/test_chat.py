@@ -136,7 +136,7 @@ def test_what_a_reply_looked_at_stays_with_it(bot):
     first, reply = turns.children[0], bot.reply("Hello there.")
     query, words, weights = bot.attention(reply)
     assert re.findall("<th>(.*?)</th>", first.value) == ["", *map(html.escape, [*query, *words])]
-    shares = [float(share) for share in re.findall(r"rgba\(52,101,164,([\d.]+)\)", first.value)]
+    shares = [float(share) for share in re.findall(r"rgba\(0,114,178,([\d.]+)\)", first.value)]
     assert shares == pytest.approx(weights.flatten().tolist(), abs=0.006)
     line.value = " "  # no words, so there is nothing to look at
     assert turns.children[0] is first
