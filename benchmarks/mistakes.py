@@ -51,9 +51,9 @@ from helpers.training import NotFiniteError, Trainer, fit
 
 SEEDS, SCORES = 3, ("dot", "general", "concat")
 # The right ways, which the wrong are held against.
-RECIPE, RANDOM, DEEP, LONG = "the recipe", "random batches", "two layers", "more updates"
+RECIPE, RANDOM, HALF, LONG = "the recipe", "random batches", "each layer's own half", "more updates"
 BATCH_SIZE = 32
-HALF = {"embedding_size": 128, "hidden_size": 192}  # of the quick recipe's sizes
+SMALLER = {"embedding_size": 128, "hidden_size": 192}  # half of the quick recipe's sizes
 
 
 def steady(settings: Settings, updates: int) -> Settings:
@@ -115,7 +115,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
         'scores = self.scores(hidden, memory.keys).masked_fill_(memory.padding.unsqueeze(1), float("-inf"))':
             "scores = self.scores(hidden, memory.keys)",
     }),),
-    "each layer's own half": (*UNBRIDGED, Edit(Encoder, "forward", {
+    HALF: (*UNBRIDGED, Edit(Encoder, "forward", {
         "return outputs, torch.stack(hidden)": "return outputs, torch.stack([ends[:, 0] for ends in hidden])",
     })),
     "the wrong half": (*UNBRIDGED, Edit(Encoder, "forward", {
@@ -233,8 +233,9 @@ def ways(scores: Sequence[str], longer: int = 0) -> dict[str, Way]:
     more = {"updates": longer} if longer else {}
     found |= {LONG: Way(changes=more)} if longer else {}
     found["split by exchange"] = Way(LONG if longer else RECIPE, "", more, by_exchange)
-    found[DEEP] = Way(changes={"layers": 2})
-    found |= {name: Way(DEEP, name, {"layers": 2}) for name in ("the wrong half", "each layer's own half")}
+    found[HALF] = Way("", HALF, {"layers": 2})
+    found |= {"both halves, bridged": Way(HALF, changes={"layers": 2})}
+    found |= {"the wrong half": Way(HALF, "the wrong half", {"layers": 2})}
     for score in scores:
         other = {"attention": score}
         found[f"{RANDOM}, {score}"] = Way(changes=other, data=mixed)
@@ -301,7 +302,7 @@ def talking(source: str | Path, settings: Settings, scores: tuple[str, ...], lon
 TASKS: dict[str, Callable[[str], Task]] = {
     "world": lambda _: talking("sample", steady(load_profile("sample"), 800), ("dot", "general")),
     "copying": lambda _: copying(),
-    "films": lambda source: talking(source, steady(load_profile("quick").change(**HALF), 400), ("general",), 2000),
+    "films": lambda source: talking(source, steady(load_profile("quick").change(**SMALLER), 400), ("general",), 2000),
 }
 
 
@@ -556,6 +557,19 @@ def prices(found: dict) -> pd.DataFrame:
         for mistake in rights[0]["answering"] if rights else ():
             add(name, mistake, RECIPE, [(run, run["answering"][mistake]) for run in rights])
     return pd.DataFrame(table)
+
+
+def overview(found: dict, figure: str) -> pd.DataFrame:
+    """The mistakes (rows) in each task (columns) by one figure of `prices`: nats, exact (in points of 100) or later.
+    Mean difference ± `spread`, in brackets where the seeds do not tell it from 0."""
+    rows: dict[str, dict[str, str]] = {}
+    digits, scale = {"nats": (3, 1), "exact": (1, 100), "later": (0, 1)}[figure]
+    for row in prices(found).to_dict("records"):
+        mean, width = row.get(figure, math.nan), row.get(f"{figure} ±", math.nan)
+        if not math.isnan(mean):
+            told = f"{scale * mean:+.{digits}f} ± {scale * width:.{digits}f}"
+            rows.setdefault(row["mistake"], {})[row["task"]] = told if abs(mean) > width else f"({told})"
+    return pd.DataFrame(rows.values(), index=list(rows)).fillna("")
 
 
 @command_line
