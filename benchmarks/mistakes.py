@@ -300,7 +300,7 @@ def talking(source: str | Path, settings: Settings, scores: tuple[str, ...], lon
 
 
 TASKS: dict[str, Callable[[str], Task]] = {
-    "world": lambda _: talking("sample", steady(load_profile("sample"), 800), ("dot", "general")),
+    "world": lambda _: talking("sample", steady(load_profile("sample"), 800), ("dot",)),
     "copying": lambda _: copying(),
     "films": lambda source: talking(source, steady(load_profile("quick").change(**SMALLER), 400), ("general",), 2000),
 }

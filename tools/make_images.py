@@ -16,12 +16,14 @@ import pandas as pd
 import torch
 
 from benchmarks.bench import compared
+from benchmarks.mistakes import prices
 from benchmarks.results import latency_figure
 from benchmarks.speedrun import TEXTBOOK
 from helpers import plots
 from helpers.chat import Chatbot
 from helpers.run import ROOT, Run
 from helpers.settings import UserError, command_line
+from tools.mistake_tables import RIDDLE
 from tools.readme_tables import measured, result, times
 
 IMAGES = ROOT / "images"
@@ -178,6 +180,46 @@ def speedrun(machines: dict[str, dict]) -> plt.Figure:
     return figure
 
 
+def mistakes(machines: dict[str, dict]) -> plt.Figure:
+    """A panel per machine and task: what each mistake adds to the nats per token, with its spread. Filled: the seeds
+    tell it from 0; hollow: they do not. The axis is linear near 0 and logarithmic further out."""
+    tasks = list(next(iter(machines.values()))["tasks"])
+    tables = {name: prices(found).dropna(subset="nats") for name, found in machines.items()}
+    order = list(dict.fromkeys(mistake for table in tables.values() for mistake in table["mistake"]))
+    size = (4 + 2.6 * len(tasks), 0.9 + 0.36 * len(order) * len(machines))
+    figure, panels = plt.subplots(len(machines), len(tasks), figsize=size, sharey=True, squeeze=False)
+    for (name, table), line in zip(tables.items(), panels, strict=True):
+        for axes, task in zip(line, tasks, strict=True):
+            rows = table[table["task"] == task]
+            places = [order.index(mistake) for mistake in rows["mistake"]]
+            sure = rows["nats"].abs() > rows["nats ±"]
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.errorbar(rows["nats"], places, xerr=rows["nats ±"], fmt="none", color=plots.GREY)
+            axes.scatter(rows["nats"], places, s=60, zorder=3, edgecolors=plots.BLUE, linewidths=1.5,
+                         c=[plots.BLUE if one else "white" for one in sure])  # fmt: skip
+            axes.set_xscale("symlog", linthresh=0.1)
+            axes.set_xticks([-1, -0.1, 0, 0.1, 1], ["−1", "−0.1", "0", "0.1", "1"])
+            axes.set_title(task if len(machines) == 1 else f"{name}: {task}")
+            axes.set_yticks(range(len(order)), order)
+        line[0].invert_yaxis()
+    figure.supxlabel("nats per token that the mistake adds (95% interval; hollow: not told from 0)")
+    return figure
+
+
+def whose_curve(found: dict) -> plt.Figure:
+    """The curves of the page's riddle: training and validation loss of four ways of the first seed, unnamed."""
+    figure, panels = plt.subplots(1, len(RIDDLE), figsize=(3.1 * len(RIDDLE), 3.4))
+    for letter, (task, way), axes in zip("ABCDEF", RIDDLE, panels, strict=False):
+        (run,) = [one for one in found["runs"] if (one["task"], one["way"], one["seed"]) == (task, way, 1)]
+        updates, validation, training, _ = zip(*run["curve"], strict=True)
+        axes.plot(updates, training, color=plots.ORANGE, linestyle="--", label="training")
+        axes.plot(updates, validation, "o-", color=plots.BLUE, markersize=3, label="validation")
+        axes.set(xlabel="update", title=letter, yscale="log")
+    panels[0].set_ylabel("loss")
+    panels[0].legend()
+    return figure
+
+
 def from_results() -> dict[str, plt.Figure]:
     """The pictures of measured figures by their files' names, of all machines that there are files of."""
     sweep, benches = result("sweep-excerpt.json"), measured("bench")
@@ -192,6 +234,8 @@ def from_results() -> dict[str, plt.Figure]:
         "compare": compare(result("compare-cornell_excerpt.json")["models"]),
         "sweep_importance": plots.grouped_bars(importance[["fANOVA", "PED-ANOVA", "forest"]], "importance", interval),
         "speedrun": speedrun(measured("speedrun")),
+        "mistakes": mistakes(measured("mistakes")),
+        "mistakes_riddle": whose_curve(next(iter(measured("mistakes").values()))),
         "profile": before_and_after(measured("profile")),
         "bench": ratios(
             {name: compared(found) for name, found in benches.items()}, "times as fast as the textbook way (dashed)"

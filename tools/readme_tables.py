@@ -10,11 +10,13 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 
 import torch
 
 from benchmarks.bench import compared
 from benchmarks.classic import CLASSIC, REPLY, WORDS
+from benchmarks.mistakes import prices
 from benchmarks.speedrun import TEXTBOOK, seconds_to
 from helpers.model import new_model
 from helpers.run import ROOT, write_text
@@ -112,6 +114,26 @@ def quality() -> str:
 `make compare CORPUS=…` on an excerpt of the Cornell corpus ({found["corpus"]["lines"]:,} lines): likelihood on
 {found["short test exchanges"]:,} short held-out exchanges, replies to {found["queries"]} held-out queries.
 {device(found["machine"])}."""
+
+
+def mistakes() -> str:
+    """The mistakes that cost most nats per token on films, and how many cost nothing that the seeds can tell."""
+    if not (found := measured("mistakes")):
+        return NOTHING
+    one = next(iter(found.values()))
+    rows = prices(one)
+    rows = rows[(rows["task"] == "films") & rows["nats"].notna()].sort_values("nats", ascending=False)
+    sure = rows[rows["nats"] > rows["nats ±"]]
+    told = [
+        [row["mistake"], f"{row['nats, right']:.2f}", f"{row['nats']:+.3f} ± {row['nats ±']:.3f}",
+         f"{math.expm1(row['nats']):+.1%}"]
+        for row in sure.head(5).to_dict("records")
+    ]  # fmt: skip
+    header = ["mistake, on films", "nats per token, right", "the mistake adds", "perplexity"]
+    return f"""{table(header, told)}
+
+Of {len(rows)} mistakes that the loss on films can show, {len(rows) - len(sure)} cost nothing there that
+{rows["seeds"].max()} seeds tell from 0. {device(one["machine"])}."""
 
 
 def speedrun() -> str:
@@ -359,18 +381,18 @@ with the same weights bit for bit ({sum(bits)} of {len(bits)} comparisons in fp3
     return f"{device(found['facts']['machine'])}: {'; '.join(said)}.{rest}"
 
 
-def filled(text: str) -> str:
-    """README's text with every table as `results/` has it now."""
+def filled(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str:
+    """A text, README's unless other tables are given, with every table as `results/` has it now."""
 
     def fill(match: re.Match) -> str:
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- /{match[1]} -->"
+        return f"<!-- {match[1]} -->\n{(tables or TABLES)[match[1]]()}\n<!-- /{match[1]} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
 TABLES = {
     function.__name__: function
-    for function in (summary, speedrun, quality, replies, sweep, profile, bench, latency, gpu)
+    for function in (summary, speedrun, quality, replies, mistakes, sweep, profile, bench, latency, gpu)
 }
 
 
