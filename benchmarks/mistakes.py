@@ -559,17 +559,24 @@ def prices(found: dict) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def overview(found: dict, figure: str) -> pd.DataFrame:
-    """The mistakes (rows) in each task (columns) by one figure of `prices`: nats, exact (in points of 100) or later.
-    Mean difference ± `spread`, in brackets where the seeds do not tell it from 0."""
-    rows: dict[str, dict[str, str]] = {}
+def told(row: dict, figure: str) -> str:
+    """One figure of a row of `prices`, nats, exact (in points of 100) or later: mean difference ± `spread`, in brackets
+    where the seeds do not tell it from 0; nothing where it was not measured."""
     digits, scale = {"nats": (3, 1), "exact": (1, 100), "later": (0, 1)}[figure]
+    mean, width = row.get(figure, math.nan), row.get(f"{figure} ±", math.nan)
+    if math.isnan(mean):
+        return ""
+    text = f"{scale * mean:+.{digits}f} ± {scale * width:.{digits}f}"
+    return text if abs(mean) > width else f"({text})"
+
+
+def overview(found: dict, figure: str) -> pd.DataFrame:
+    """The mistakes (rows) in each task (columns), as one figure is told."""
+    table: dict[str, dict[str, str]] = {}
     for row in prices(found).to_dict("records"):
-        mean, width = row.get(figure, math.nan), row.get(f"{figure} ±", math.nan)
-        if not math.isnan(mean):
-            told = f"{scale * mean:+.{digits}f} ± {scale * width:.{digits}f}"
-            rows.setdefault(row["mistake"], {})[row["task"]] = told if abs(mean) > width else f"({told})"
-    return pd.DataFrame(rows.values(), index=list(rows)).fillna("")
+        if text := told(row, figure):
+            table.setdefault(row["mistake"], {})[row["task"]] = text
+    return pd.DataFrame(table.values(), index=list(table)).fillna("")
 
 
 @command_line

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import unittest.mock
 
+import nbformat
 import pytest
 import torch
 from filelock import FileLock
@@ -17,6 +19,7 @@ from helpers.batches import BucketedSampler, Pairs
 from helpers.decoding import greedy
 from helpers.evaluation import batch_loss, evaluate
 from helpers.model import LuongAttention, new_model
+from helpers.run import ROOT
 from helpers.settings import UserError
 from helpers.text import EOS, PAD, SOS, UNK
 from helpers.training import Trainer
@@ -330,3 +333,40 @@ def test_prices_are_differences_of_equal_seeds():
     assert math.isnan(table.loc["the wrong half", "nats ±"])  # one seed has no spread
     assert table.loc["past the end", "exact"] == -0.5
     assert mistakes.spread([1.0, 2.0, 3.0]) == pytest.approx(2.484, abs=1e-3)
+
+
+def test_the_page_of_prices_and_the_notebooks_say_what_was_measured():
+    from tools import mistake_tables, readme_tables
+
+    text = mistake_tables.PAGE.read_text(encoding="utf-8")
+    assert readme_tables.filled(text, mistake_tables.TABLES) == text, "run 'python -m tools.mistake_tables'"
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (mistake_tables.PAGE.parent / link).is_file(), link
+    for name, cells in mistake_tables.CELLS.items():
+        path = ROOT / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        assert {cell.id for cell in notebook.cells if cell.id.startswith("price-")} == set(cells)
+        right = mistake_tables.with_prices(path).cells
+        for one, other in zip(notebook.cells, right, strict=True):
+            assert one.source == other.source, "run 'python -m tools.mistake_tables'"
+
+
+def test_every_mistake_has_its_place_on_the_page():
+    from tools.mistake_tables import SECTIONS
+
+    wrong = {name for name, way in mistakes.ways(mistakes.SCORES, 5).items() if way.against}
+    told = {name for names in SECTIONS.values() for name in names}
+    found = json.loads(next((ROOT / "results").glob("mistakes-*.json")).read_text(encoding="utf-8"))
+    answering = {name for run in found["runs"] for name in run.get("answering", ())}
+    assert told == wrong | answering
+
+
+def test_seeds_are_three_and_nothing_is_left_out():
+    for path in (ROOT / "results").glob("mistakes-*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert list(found["tasks"]) == list(mistakes.TASKS)
+        table = mistakes.prices(found)
+        assert (table["seeds"] >= mistakes.SEEDS).all()
+        assert not [run for run in found["runs"] if "failed" in run]
+        runs = [run for run in found["runs"] if run["task"] == "world"]
+        assert all(run["test"] > found["tasks"]["world"]["least"] for run in runs)

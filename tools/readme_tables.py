@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.bench import compared
 from benchmarks.classic import CLASSIC, REPLY, WORDS
-from benchmarks.mistakes import prices
+from benchmarks.mistakes import prices, told
 from benchmarks.speedrun import TEXTBOOK, seconds_to
 from helpers.model import new_model
 from helpers.run import ROOT, write_text
@@ -124,13 +124,13 @@ def mistakes() -> str:
     rows = prices(one)
     rows = rows[(rows["task"] == "films") & rows["nats"].notna()].sort_values("nats", ascending=False)
     sure = rows[rows["nats"] > rows["nats ±"]]
-    told = [
-        [row["mistake"], f"{row['nats, right']:.2f}", f"{row['nats']:+.3f} ± {row['nats ±']:.3f}",
+    lines = [
+        [row["mistake"], f"{row['nats, right']:.2f}", told(row, "nats"),
          f"{math.expm1(row['nats']):+.1%}"]
         for row in sure.head(5).to_dict("records")
     ]  # fmt: skip
     header = ["mistake, on films", "nats per token, right", "the mistake adds", "perplexity"]
-    return f"""{table(header, told)}
+    return f"""{table(header, lines)}
 
 Of {len(rows)} mistakes that the loss on films can show, {len(rows) - len(sure)} cost nothing there that
 {rows["seeds"].max()} seeds tell from 0. {device(one["machine"])}."""
