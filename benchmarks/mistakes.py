@@ -52,6 +52,7 @@ from helpers.training import NotFiniteError, Trainer, fit
 SEEDS, SCORES = 3, ("dot", "general", "concat")
 # The right ways, which the wrong are held against.
 RECIPE, RANDOM, HALF, LONG = "the recipe", "random batches", "each layer's own half", "more updates"
+ALONE = ", asked alone"  # what is added to a mistake's name where its model is asked so
 BATCH_SIZE = 32
 SMALLER = {"embedding_size": 128, "hidden_size": 192}  # half of the quick recipe's sizes
 
@@ -529,7 +530,8 @@ def spread(values: list[float]) -> float:
 
 def prices(found: dict) -> pd.DataFrame:
     """A row per task and mistake: its figures beside the right way's, the means over the seeds, and the differences of
-    equal seeds with their `spread`: nats per token, exact replies as a share, and updates later."""
+    equal seeds with their `spread`: nats per token, exact replies as a share, and updates later. A model without the mask
+    has a second row, for what it says when it is asked alone."""
     by_run = {(run["task"], run["way"], run["seed"]): run for run in found["runs"]}
     table = []
 
@@ -548,11 +550,15 @@ def prices(found: dict) -> pd.DataFrame:
         runs = {key: run for key, run in by_run.items() if key[0] == name and "failed" not in run}
         own = facts["settings"]["attention"]
         longer = any(way == LONG for _, way, _ in runs)
-        for way, one in ways([own, *(score for score in SCORES if score != own)], longer).items():
-            right = one.against
+        for way, made_so in ways([own, *(score for score in SCORES if score != own)], longer).items():
+            right = made_so.against
             seeds = [seed for _, other, seed in runs if other == way and (name, right, seed) in runs]
-            if seeds:
-                add(name, way, right, [(runs[name, right, seed], runs[name, way, seed]) for seed in seeds])
+            pairs = [(runs[name, right, seed], runs[name, way, seed]) for seed in seeds]
+            if pairs:
+                add(name, way, right, pairs)
+            if pairs and "alone" in pairs[0][1]:
+                asked = [(one, {"test": run["alone"], "exact": run["exact alone"]}) for one, run in pairs]
+                add(name, f"{way}{ALONE}", right, asked)
         rights = [run for (_, way, _), run in runs.items() if way == RECIPE]
         for mistake in rights[0]["answering"] if rights else ():
             add(name, mistake, RECIPE, [(run, run["answering"][mistake]) for run in rights])

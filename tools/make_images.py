@@ -5,6 +5,7 @@ python -m tools.make_images --run runs/sample    # without --run, only what is d
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -186,7 +187,7 @@ def mistakes(machines: dict[str, dict]) -> plt.Figure:
     tasks = list(next(iter(machines.values()))["tasks"])
     tables = {name: prices(found).dropna(subset="nats") for name, found in machines.items()}
     order = list(dict.fromkeys(mistake for table in tables.values() for mistake in table["mistake"]))
-    size = (4 + 2.6 * len(tasks), 0.9 + 0.36 * len(order) * len(machines))
+    size = (3.4 + 2 * len(tasks), 1.2 + 0.42 * len(order) * len(machines))
     figure, panels = plt.subplots(len(machines), len(tasks), figsize=size, sharey=True, squeeze=False)
     for (name, table), line in zip(tables.items(), panels, strict=True):
         for axes, task in zip(line, tasks, strict=True):
@@ -198,11 +199,11 @@ def mistakes(machines: dict[str, dict]) -> plt.Figure:
             axes.scatter(rows["nats"], places, s=60, zorder=3, edgecolors=plots.BLUE, linewidths=1.5,
                          c=[plots.BLUE if one else "white" for one in sure])  # fmt: skip
             axes.set_xscale("symlog", linthresh=0.1)
-            axes.set_xticks([-1, -0.1, 0, 0.1, 1], ["−1", "−0.1", "0", "0.1", "1"])
-            axes.set_title(task if len(machines) == 1 else f"{name}: {task}")
-            axes.set_yticks(range(len(order)), order)
+            axes.set_xticks([-0.1, 0, 0.1, 1], ["−0.1", "0", "0.1", "1"], fontsize=12)
+            axes.set_title(task if len(machines) == 1 else f"{name}: {task}", fontsize=14)
+            axes.set_yticks(range(len(order)), [textwrap.fill(mistake, 30) for mistake in order], fontsize=12)
         line[0].invert_yaxis()
-    figure.supxlabel("nats per token that the mistake adds (95% interval; hollow: not told from 0)")
+    figure.supxlabel("nats per token that the mistake adds (95% interval; hollow: not told from 0)", fontsize=13)
     return figure
 
 

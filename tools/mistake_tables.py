@@ -13,14 +13,15 @@ from pathlib import Path
 
 import nbformat
 
-from benchmarks.mistakes import EDITS, LONG, RECIPE, SCORES, prices, spread, told, ways
+from benchmarks.mistakes import ALONE, EDITS, LONG, RECIPE, SCORES, prices, spread, told, ways
 from helpers.run import ROOT, write_text
 from tools.readme_tables import NOTHING, device, filled, measured, table
 
 PAGE = ROOT / "docs" / "mistakes.md"
+UNMASKED = ("no mask", *(f"no mask, random batches, {score}" for score in SCORES))
 # The page's sections: the mistakes that are priced in each.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "mask": ("no mask", *(f"no mask, random batches, {score}" for score in SCORES), "no mask when answering"),
+    "mask": (*UNMASKED, *(f"{name}{ALONE}" for name in UNMASKED), "no mask when answering"),
     "half": ("the wrong half", "both halves, bridged"),
     "steps": ("the sum of each step's mean",),
     "optimisers": ("one embedding in two optimisers",),
@@ -97,7 +98,7 @@ def alone() -> str:
     for name, one in measured("mistakes").items():
         lines = []
         for task in one["tasks"]:
-            for way in SECTIONS["mask"]:
+            for way in UNMASKED:
                 runs = [run for run in runs_of(one, task, way) if "alone" in run]
                 if runs:
                     lines.append([
@@ -228,7 +229,7 @@ def values() -> dict[str, str]:
     alone = [share("copying", mixed, key) for key in ("exact", "exact alone", "other replies alone")]
     clip, figures = SECTIONS["clip"], SECTIONS["figures"]
     return {
-        "half": priced(SECTIONS["half"][:1]), "mask": priced(SECTIONS["mask"][1:4]),
+        "half": priced(SECTIONS["half"][:1]), "mask": priced(UNMASKED[1:]),
         "company": f"Trained without it, a model copies {alone[0]} of the lines in mixed company and {alone[1]} when "
         f"it is asked alone: {alone[2]} of its replies change. In the embedded world "
         f"{share('world', mixed, 'other replies alone')} do.",
