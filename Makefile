@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 TARGETS := help run-all test lint unit check html lab sweep sweep-worker sweep-best profile latency compare bench \
-           speedrun gpu images outputs soak wheelhouse
+           speedrun mistakes gpu images outputs soak wheelhouse
 .PHONY: $(TARGETS)
 
 # Variables of the command line reach it by the environment, as they were written: a $ in a password is one.

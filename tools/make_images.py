@@ -5,6 +5,7 @@ python -m tools.make_images --run runs/sample    # without --run, only what is d
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,7 @@ from matplotlib import colormaps, patches
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 from benchmarks.bench import compared
+from benchmarks.mistakes import prices
 from benchmarks.results import latency_figure, roofline
 from benchmarks.speedrun import TEXTBOOK
 from benchmarks.sweep_report import losses_by_value, panels_by_value
@@ -26,6 +28,7 @@ from helpers.chat import Chatbot, Reply
 from helpers.run import ROOT, Run
 from helpers.settings import UserError, command_line
 from helpers.text import SOS
+from tools.mistake_tables import RIDDLE
 from tools.tables import measured, renamed, result, times
 
 IMAGES = ROOT / "images"
@@ -261,6 +264,46 @@ def speedrun(machines: dict[str, dict]) -> plt.Figure:
     return figure
 
 
+def mistakes(machines: dict[str, dict]) -> plt.Figure:
+    """A panel per machine and task: what each mistake adds to the nats per token, with its spread. Filled: the seeds
+    tell it from 0; hollow: they do not. The axis is linear near 0 and logarithmic further out."""
+    tasks = list(next(iter(machines.values()))["tasks"])
+    tables = {name: prices(found).dropna(subset="nats") for name, found in machines.items()}
+    order = list(dict.fromkeys(mistake for table in tables.values() for mistake in table["mistake"]))
+    size = (3.4 + 2 * len(tasks), 1.2 + 0.42 * len(order) * len(machines))
+    figure, panels = plt.subplots(len(machines), len(tasks), figsize=size, sharey=True, squeeze=False)
+    for (name, table), line in zip(tables.items(), panels, strict=True):
+        for axes, task in zip(line, tasks, strict=True):
+            rows = table[table["task"] == task]
+            places = [order.index(mistake) for mistake in rows["mistake"]]
+            sure = rows["nats"].abs() > rows["nats ±"]
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.errorbar(rows["nats"], places, xerr=rows["nats ±"], fmt="none", color=plots.GREY)
+            axes.scatter(rows["nats"], places, s=60, zorder=3, edgecolors=plots.BLUE, linewidths=1.5,
+                         c=[plots.BLUE if one else "white" for one in sure])  # fmt: skip
+            axes.set_xscale("symlog", linthresh=0.1)
+            axes.set_xticks([-0.1, 0, 0.1, 1], ["−0.1", "0", "0.1", "1"], fontsize=12)
+            axes.set_title(task if len(machines) == 1 else f"{name}: {task}", fontsize=14)
+            axes.set_yticks(range(len(order)), [textwrap.fill(mistake, 30) for mistake in order], fontsize=12)
+        line[0].invert_yaxis()
+    figure.supxlabel("nats per token that the mistake adds (95% interval; hollow: not told from 0)", fontsize=13)
+    return figure
+
+
+def whose_curve(found: dict) -> plt.Figure:
+    """The curves of the page's riddle: training and validation loss of four ways of the first seed, unnamed."""
+    figure, panels = plt.subplots(1, len(RIDDLE), figsize=(3.1 * len(RIDDLE), 3.4))
+    for letter, (task, way), axes in zip("ABCDEF", RIDDLE, panels, strict=False):
+        (run,) = [one for one in found["runs"] if (one["task"], one["way"], one["seed"]) == (task, way, 1)]
+        updates, validation, training, _ = zip(*run["curve"], strict=True)
+        axes.plot(updates, training, color=plots.ORANGE, linestyle="--", label="training")
+        axes.plot(updates, validation, "o-", color=plots.BLUE, markersize=3, label="validation")
+        axes.set(xlabel="update", title=letter, yscale="log")
+    panels[0].set_ylabel("loss")
+    panels[0].legend()
+    return figure
+
+
 def from_results() -> dict[str, plt.Figure]:
     """The pictures of measured figures by their files' names, of all machines that there are files of."""
     sweep, benches = result("sweep-excerpt.json"), measured("bench")
@@ -278,6 +321,8 @@ def from_results() -> dict[str, plt.Figure]:
         "sweep_importance": plots.grouped_bars(importance[["fANOVA", "forest"]], "importance, Adam alone", interval),
         "sweep_trials": panels_by_value({name: losses_by_value(trials, name) for name in sweep["spec"]["parameters"]}),
         "speedrun": speedrun(measured("speedrun")),
+        "mistakes": mistakes(measured("mistakes")),
+        "mistakes_riddle": whose_curve(next(iter(measured("mistakes").values()))),
         "profile": before_and_after(measured("profile")),
         "roofline": roofline(roofs),
         "bench": ratios(

@@ -291,6 +291,12 @@ def speedrun() -> None:
     call("-m", "benchmarks.speedrun", "--corpus", corpus, "--device", given("DEVICE", "auto"))
 
 
+def mistakes() -> None:
+    """seven classic mistakes and some more, priced: copying, the embedded world, and films in CORPUS; to results/"""
+    corpus = ["--corpus", located("CORPUS", [])] if given("CORPUS") else []
+    call("-m", "benchmarks.mistakes", *corpus, "--device", given("DEVICE", "auto"))
+
+
 def bench() -> None:
     """this project beside the classic tutorial's way: results/bench-MACHINE.json"""
     call("-m", "benchmarks.bench", "--device", given("DEVICE", "auto"), "--json", "results/bench-DEVICE.json")
@@ -317,6 +323,7 @@ def images() -> None:
     shutil.copy(series.folder / "bot.html", ROOT / "docs")
     call("-m", "pytest", "tests/check_browser.py", CHATBOT_SCREENSHOT=str(ROOT / "images" / "chat.png"))
     call("-m", "tools.tables")
+    call("-m", "tools.mistake_tables")
 
 
 def wheelhouse() -> None:
@@ -360,8 +367,9 @@ def show_help() -> None:
 
 TARGETS = {"help": show_help, "run-all": run_all, "test": test, "lint": lint, "unit": unit, "check": check,
            "html": html, "lab": lab, "sweep": sweep, "sweep-worker": sweep_worker, "sweep-best": sweep_best,
-           "profile": profile, "latency": latency, "compare": compare, "bench": bench, "speedrun": speedrun, "gpu": gpu,
-           "images": images, "outputs": outputs, "soak": soak, "wheelhouse": wheelhouse}  # fmt: skip
+           "profile": profile, "latency": latency, "compare": compare, "bench": bench, "speedrun": speedrun,
+           "mistakes": mistakes, "gpu": gpu, "images": images, "outputs": outputs, "soak": soak,
+           "wheelhouse": wheelhouse}  # fmt: skip
 
 
 def main(target: str) -> None:

@@ -9,16 +9,18 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 
 import torch
 
 from benchmarks.bench import compared
 from benchmarks.classic import CLASSIC, REPLY, WORDS
+from benchmarks.mistakes import prices, told
 from benchmarks.speedrun import FREQUENCIES, TEXTBOOK, seconds_to
 from helpers.model import new_model
 from helpers.run import ROOT, write_text
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "mistakes.md"})]
 NOTHING = "Not measured yet: see `make help`."
 
 
@@ -119,6 +121,26 @@ def quality() -> str:
 `make compare CORPUS=…` on an excerpt of the Cornell corpus ({found["corpus"]["lines"]:,} lines): likelihood on
 {found["short test exchanges"]:,} short held-out exchanges, replies to {found["queries"]} held-out queries.
 {device(found["machine"])}."""
+
+
+def mistakes() -> str:
+    """The mistakes that cost most nats per token on films, and how many cost nothing that the seeds can tell."""
+    if not (found := measured("mistakes")):
+        return NOTHING
+    one = next(iter(found.values()))
+    rows = prices(one)
+    rows = rows[(rows["task"] == "films") & rows["nats"].notna()].sort_values("nats", ascending=False)
+    sure = rows[rows["nats"] > rows["nats ±"]]
+    lines = [
+        [row["mistake"], f"{row['nats, right']:.2f}", told(row, "nats"),
+         f"{math.expm1(row['nats']):+.1%}"]
+        for row in sure.head(5).to_dict("records")
+    ]  # fmt: skip
+    header = ["mistake, on films", "nats per token, right", "the mistake adds", "perplexity"]
+    return f"""{table(header, lines)}
+
+Of {len(rows)} mistakes that the loss on films can show, {len(rows) - len(sure)} cost nothing there that
+{rows["seeds"].max()} seeds tell from 0. {device(one["machine"])}."""
 
 
 def speedrun() -> str:
@@ -369,18 +391,18 @@ with the same weights bit for bit ({sum(bits)} of {len(bits)} comparisons in fp3
     return f"{device(found['facts']['machine'])}: {'; '.join(said)}.{rest}"
 
 
-def filled(text: str) -> str:
-    """A page's text with every table as `results/` has it now."""
+def filled(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str:
+    """A page's text with every table as `results/` has it now; the tables are those below unless others are given."""
 
     def fill(match: re.Match) -> str:
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- /{match[1]} -->"
+        return f"<!-- {match[1]} -->\n{(tables or TABLES)[match[1]]()}\n<!-- /{match[1]} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
 TABLES = {
     function.__name__: function
-    for function in (summary, speedrun, quality, replies, sweep, profile, bench, latency, gpu)
+    for function in (summary, speedrun, quality, replies, mistakes, sweep, profile, bench, latency, gpu)
 }
 
 
