@@ -146,7 +146,9 @@ def test_in_half_precision_it_says_what_python_says(half, held_out):
     assert [reply["text"] for reply in found] == [reply.text for reply in expected]
     assert [reply["words"] for reply in found] == [reply.words for reply in expected]
     same, exact = (compare_steps(half, m, bot, lines[:60]) for m in (rounded(bot.model, "half"), bot.model))
-    print(f"half: {len(lines)} of {len(lines)} replies, probabilities to {same:.1e} of Python's with the page's weights")
+    print(
+        f"half: {len(lines)} of {len(lines)} replies, probabilities to {same:.1e} of Python's with the page's weights"
+    )
     print(f"  and to {exact:.1e} of those with the checkpoint's, from which 16 bits take something")
     assert same < 1e-4
     assert exact < 3e-3
