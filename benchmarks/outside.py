@@ -31,7 +31,7 @@ from helpers.deploy import BlockSearch, Steps, save_scripted, script
 from helpers.latency import TURN, Subject, answers, as_table, parity
 from helpers.model import Seq2Seq
 from helpers.run import ROOT, Run, machine, seconds
-from helpers.settings import Settings, UserError, command_line
+from helpers.settings import Settings, UserError, command_line, user_errors
 from helpers.text import EOS, SPECIAL, Vocabulary, tokenise
 from helpers.training import load_model
 
@@ -110,7 +110,8 @@ def browser_says(page: Path) -> tuple[str, float]:
     """What bot.html answers to its first question when Chromium opens it, and in how many milliseconds."""
     if CHROMIUM is None:
         raise UserError("Chromium is not installed; open the page in any browser of 2023 or later.")
-    with tempfile.TemporaryDirectory() as folder:
+    remedy, kinds = "Open it in any browser.", (subprocess.TimeoutExpired, OSError)
+    with tempfile.TemporaryDirectory() as folder, user_errors(f"Chromium has not shown {page.name}", remedy, *kinds):
         command = [CHROMIUM, *QUIET, f"--user-data-dir={folder}", "--dump-dom", page.absolute().as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     found = re.search(r'<li class="bot"><button[^>]*>([^<]*)</button><small>[^<]*? · ([\d.]+) ms', done.stdout)

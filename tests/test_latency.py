@@ -102,7 +102,7 @@ def test_a_table_has_a_row_a_variant_and_batch_size(bot):
     assert (timed["timed"] >= 10).all()
     assert (timed["vs eager"][timed["variant"] == "eager"] == 1).all()
     assert (timed["vs textbook"][timed["variant"] == "textbook"] == 1).all()
-    assert set(left_out) == {"torch.compile", "AOTInductor", *GRAPHS}
+    assert set(left_out) == {"C++", "torch.compile", "AOTInductor", *GRAPHS}
     assert "CUDA device" in left_out["CUDA graphs"]
     shown = latency.as_table(rows.to_dict("records")).set_index("variant")
     assert shown.loc["TorchScript", "perplexity"].isna().all()  # it is eager's
