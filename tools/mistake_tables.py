@@ -274,10 +274,10 @@ TABLES |= {
 def with_prices(path: Path) -> nbformat.NotebookNode:
     """A notebook, its cells of CELLS as `results/` has them now."""
     notebook, texts, found = nbformat.read(path, as_version=4), CELLS[path.stem], values()
-    for cell in notebook.cells:
-        if cell.id in texts:
-            words = texts[cell.id].format(**found).split()
-            cell.source = "\n".join(textwrap.wrap(" ".join(words), 118, break_on_hyphens=False))
+    cells = {cell.id: cell for cell in notebook.cells}
+    for name, text in texts.items():  # a KeyError where a notebook has lost the cell
+        words = text.format(**found).split()
+        cells[name].source = "\n".join(textwrap.wrap(" ".join(words), 118, break_on_hyphens=False))
     return notebook
 
 

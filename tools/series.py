@@ -352,7 +352,7 @@ def outputs() -> None:
     series.update(list(NOTEBOOKS))
     committed = [shutil.copy(series.notebook(name), ROOT / "notebooks") for name in NOTEBOOKS]
     keys = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
-    call("-m", "nbstripout", "--keep-output", "--keep-count", "--extra-keys", keys, *committed)
+    call("-m", "nbstripout", "--keep-output", "--keep-count", "--keep-id", "--extra-keys", keys, *committed)
 
 
 def show_help() -> None:
