@@ -36,6 +36,7 @@ from torch import Tensor
 
 from benchmarks import race, world
 from benchmarks.bench import process
+from benchmarks.compare import QUERIES
 from benchmarks.replies import commonest_reply, exact_matches, replies_of
 from benchmarks.results import result_path
 from helpers import evaluation, training
@@ -286,7 +287,8 @@ def copying(updates: int = 600) -> Task:
 
 
 def talking(source: str | Path, settings: Settings, scores: tuple[str, ...], longer: int = 0) -> Task:
-    """To answer as a corpus does. Of the embedded world's replies those count to whose query only one is right."""
+    """To answer as a corpus does; films are asked QUERIES. Of the embedded world's replies those count to whose query
+    only one is right."""
     data = prepare(read_corpus(source), settings)
     texts, test, least = data.texts["test"], data.splits["test"], None
     kinds = ["film"] * len(texts)
@@ -296,14 +298,15 @@ def talking(source: str | Path, settings: Settings, scores: tuple[str, ...], lon
         kinds = ["fact" if one else "open" for one in sure]
         least = -sum(math.log(behind[pair][1].chance) for pair in texts) / int(test.response_lengths.sum())
     references = [response.split() for _, response in texts]
-    counted = ["fact"] if least else ["film"]
-    return Task(quarters(data, settings), test, references, kinds, counted, scores, least, longer)
+    asked = len(texts) if least else QUERIES
+    lists, counted = (references[:asked], kinds[:asked]), ["fact"] if least else ["film"]
+    return Task(quarters(data, settings), test.first(asked), *lists, counted, scores, least, longer)
 
 
 TASKS: dict[str, Callable[[str], Task]] = {
     "world": lambda _: talking("sample", steady(load_profile("sample"), 800), ("dot",)),
     "copying": lambda _: copying(),
-    "films": lambda source: talking(source, steady(load_profile("quick").change(**SMALLER), 400), ("general",), 2000),
+    "films": lambda source: talking(source, steady(load_profile("quick").change(**SMALLER), 400), ("general",), 1500),
 }
 
 
@@ -530,8 +533,8 @@ def spread(values: list[float]) -> float:
 
 def prices(found: dict) -> pd.DataFrame:
     """A row per task and mistake: its figures beside the right way's, the means over the seeds, and the differences of
-    equal seeds with their `spread`: nats per token, exact replies as a share, and updates later. A model without the
-    mask has a second row, for what it says when it is asked alone."""
+    equal seeds with their `spread`: nats per token, exact replies as a share, and updates later. A model without mask
+    has a second row: what it says when it is asked alone."""
     by_run = {(run["task"], run["way"], run["seed"]): run for run in found["runs"]}
     table = []
 

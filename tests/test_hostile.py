@@ -376,8 +376,8 @@ def test_only_one_door_loads_programs_and_nothing_unpickles_runs_or_unpacks():
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
-            if called == "exec":  # the code of the series' own notebooks, where there is no Jupyter
-                assert path.relative_to(ROOT) == Path("benchmarks/gpu.py")
+            if called == "exec":  # the series' own notebooks where there is no Jupyter, helpers' own lines with an edit
+                assert str(path.relative_to(ROOT)) in ("benchmarks/gpu.py", "benchmarks/mistakes.py")
             assert called not in ("eval", "os.system", "yaml.load"), (path.name, called)
             assert not called.endswith((".extractall", ".extract")), (path.name, called)
             if called == "torch.load":

@@ -130,7 +130,7 @@ def looks() -> str:
                     told({"nats": statistics.mean(gains), "nats ±": spread(gains)}, "nats"),
                     told({"nats": statistics.mean(unseen), "nats ±": spread(unseen)}, "nats"),
                 ])  # fmt: skip
-        header = ["task", f"updates ({name})", "validation by movie", "by exchange", "looks better by",
+        header = ["task", f"updates ({name})", "validation by movie", "by exchange", "by exchange it adds",
                   "on unseen movies"]  # fmt: skip
         parts.append(table(header, lines))
     return "\n\n".join(parts) or NOTHING
