@@ -176,7 +176,11 @@ def test_the_page_with_the_bot_lies_beside_the_pages(tmp_path, monkeypatch):
 
     shown = nbformat.v4.new_code_cell("1", execution_count=1)
     frame = '<iframe width="100%" height="720" src="../../anywhere/bot.html" title="The bot"></iframe>'
-    shown.outputs = [nbformat.v4.new_output("display_data", {"text/html": frame, "text/plain": "a frame"})]
+    slider = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "VBox(children=…"}
+    shown.outputs = [
+        nbformat.v4.new_output("display_data", {"text/html": frame, "text/plain": "a frame"}),
+        nbformat.v4.new_output("display_data", slider),
+    ]
     linked = nbformat.v4.new_markdown_cell("Here is [the page](../docs/bot.html).")
     path = tmp_path / "notebooks" / "04.ipynb"
     path.parent.mkdir()
@@ -187,6 +191,7 @@ def test_the_page_with_the_bot_lies_beside_the_pages(tmp_path, monkeypatch):
     text = (tmp_path / "html" / "04.html").read_text(encoding="utf-8")
     assert 'src="bot.html"' in text
     assert 'href="bot.html"' in text
+    assert "VBox" not in text, "a page shows no widget that nobody can move"
     assert (tmp_path / "html" / "bot.html").read_text() == "the bot"
 
 

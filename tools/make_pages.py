@@ -16,6 +16,7 @@ import nbformat
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 IMAGES = Path(__file__).resolve().parent.parent / "images"
 # Code in backquotes is left alone; then a formula of its own line, or one in the text.
 FORMULA = re.compile(r"(`+[^`]*`+)|\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
@@ -50,6 +51,8 @@ def page(path: Path) -> str:
             # Links between notebooks lead to the pages beside this one.
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.html)", with_mathml(cell.source))
             cell.source = with_pictures(cell.source).replace("](../docs/bot.html)", "](bot.html)")
+        else:  # a page has no kernel, so a slider would be dead, and its text/plain is no reading
+            cell.outputs = [shown for shown in cell.get("outputs", []) if WIDGET not in shown.get("data", {})]
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
     html = exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})[0]
     html = re.sub(r'(<iframe[^>]* src=")[^"]*/(bot\.html")', r"\1\2", html)
