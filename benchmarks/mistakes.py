@@ -53,6 +53,7 @@ from helpers.training import NotFiniteError, Trainer, fit
 SEEDS, SCORES = 3, ("dot", "general", "concat")
 # The right ways, which the wrong are held against.
 RECIPE, RANDOM, HALF, LONG = "the recipe", "random batches", "each layer's own half", "more updates"
+BRIDGED = "both halves, bridged"  # what our encoder does, and no mistake
 ALONE = ", asked alone"  # what is added to a mistake's name where its model is asked so
 BATCH_SIZE = 32
 SMALLER = {"embedding_size": 128, "hidden_size": 192}  # half of the quick recipe's sizes
@@ -236,7 +237,7 @@ def ways(scores: Sequence[str], longer: int = 0) -> dict[str, Way]:
     found |= {LONG: Way(changes=more)} if longer else {}
     found["split by exchange"] = Way(LONG if longer else RECIPE, "", more, by_exchange)
     found[HALF] = Way("", HALF, {"layers": 2})
-    found |= {"both halves, bridged": Way(HALF, changes={"layers": 2})}
+    found |= {BRIDGED: Way(HALF, changes={"layers": 2})}
     found |= {"the wrong half": Way(HALF, "the wrong half", {"layers": 2})}
     for score in scores:
         other = {"attention": score}
@@ -585,7 +586,9 @@ def overview(found: dict, figure: str) -> pd.DataFrame:
     for row in prices(found).to_dict("records"):
         if text := told(row, figure):
             table.setdefault(row["mistake"], {})[row["task"]] = text
-    return pd.DataFrame(table.values(), index=list(table)).fillna("")
+    order = {name: place for place, name in enumerate(f"{way}{more}" for way in ways(SCORES) for more in ("", ALONE))}
+    names = sorted(table, key=lambda name: order.get(name, len(order)))  # the others, of answering, come last
+    return pd.DataFrame([table[name] for name in names], index=names, columns=list(found["tasks"])).fillna("")
 
 
 @command_line

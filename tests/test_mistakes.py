@@ -341,7 +341,7 @@ def test_the_page_of_prices_and_the_notebooks_say_what_was_measured():
     text = mistake_tables.PAGE.read_text(encoding="utf-8")
     assert tables.filled(text, mistake_tables.TABLES) == text, "run 'python -m tools.mistake_tables'"
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (mistake_tables.PAGE.parent / link).is_file(), link
+        assert (mistake_tables.PAGE.parent / link).exists(), link
     for name, cells in mistake_tables.CELLS.items():
         path = ROOT / "notebooks" / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
@@ -370,3 +370,38 @@ def test_seeds_are_three_and_nothing_is_left_out():
         assert not [run for run in found["runs"] if "failed" in run]
         runs = [run for run in found["runs"] if run["task"] == "world"]
         assert all(run["test"] > found["tasks"]["world"]["least"] for run in runs)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("mistakes-*.json")), ids=lambda path: path.stem)
+def test_what_the_page_concludes_follows_from_the_results(path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = {(row["task"], row["mistake"]): row for row in mistakes.prices(found).to_dict("records")}
+
+    def sure(task: str, mistake: str, figure: str = "nats") -> bool:
+        return abs(rows[task, mistake][figure]) > rows[task, mistake][f"{figure} ±"]
+
+    for task in mistakes.TASKS:
+        assert rows[task, "clip 0 taken literally"]["nats"] > 0.9
+        for nothing in ("no mask", "no mask, asked alone", "the wrong half"):
+            assert not sure(task, nothing)
+        assert rows[task, "one embedding in two optimisers"]["nats"] < 0.005
+        assert rows[task, "UNK and PAD spoken"]["exact"] == 0
+    for task, mistake in rows:
+        if mistake.startswith("no mask, random"):
+            fails = task == "copying" and mistake.endswith(("dot, asked alone", "general, asked alone"))
+            assert sure(task, mistake) == sure(task, mistake, "exact") == fails, (task, mistake)
+            assert not fails or rows[task, mistake]["exact"] < -0.8 * rows[task, mistake]["exact, right"]
+    for name in ("no clip", "the sum of each step's mean"):
+        assert sure("films", name)
+        assert (
+            rows["films", name]["nats"] > 0.03 > 0.01 > max(rows[task, name]["nats"] for task in ("world", "copying"))
+        )
+    assert [sure(task, "no shuffling") for task in mistakes.TASKS] == [False, True, True]
+    assert rows["world", "past the end"]["exact"] < -0.5 * rows["world", "past the end"]["exact, right"]
+    assert rows["world", "SOS fed as zeros"]["exact"] < -0.25 * rows["world", "SOS fed as zeros"]["exact, right"]
+    for task in ("world", "films"):
+        assert not sure(task, "split by exchange")
+    assert sure("films", "split by exchange", "later")
+    assert rows["films", "split by exchange"]["later"] < -300
+    figures = {name: rows["films", name]["nats"] for (task, name) in rows if task == "films" and "batches'" in name}
+    assert max(map(abs, figures.values())) > 0.1 > 0.06 > rows["films", "dropout on"]["nats"]

@@ -19,7 +19,7 @@ from matplotlib import colormaps, patches
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 from benchmarks.bench import compared
-from benchmarks.mistakes import prices
+from benchmarks.mistakes import overview, prices
 from benchmarks.results import latency_figure, roofline
 from benchmarks.speedrun import TEXTBOOK
 from benchmarks.sweep_report import losses_by_value, panels_by_value
@@ -269,7 +269,7 @@ def mistakes(machines: dict[str, dict]) -> plt.Figure:
     tell it from 0; hollow: they do not. The axis is linear near 0 and logarithmic further out."""
     tasks = list(next(iter(machines.values()))["tasks"])
     tables = {name: prices(found).dropna(subset="nats") for name, found in machines.items()}
-    order = list(dict.fromkeys(mistake for table in tables.values() for mistake in table["mistake"]))
+    order = list(dict.fromkeys(mistake for found in machines.values() for mistake in overview(found, "nats").index))
     size = (3.4 + 2 * len(tasks), 1.2 + 0.42 * len(order) * len(machines))
     figure, panels = plt.subplots(len(machines), len(tasks), figsize=size, sharey=True, squeeze=False)
     for (name, table), line in zip(tables.items(), panels, strict=True):
@@ -298,9 +298,10 @@ def whose_curve(found: dict) -> plt.Figure:
         updates, validation, training, _ = zip(*run["curve"], strict=True)
         axes.plot(updates, training, color=plots.ORANGE, linestyle="--", label="training")
         axes.plot(updates, validation, "o-", color=plots.BLUE, markersize=3, label="validation")
-        axes.set(xlabel="update", title=letter, yscale="log")
+        wide = max(validation + training) > 20 * min(validation + training)
+        axes.set(xlabel="update", title=letter, yscale="log" if wide else "linear")
     panels[0].set_ylabel("loss")
-    panels[0].legend()
+    panels[0].legend(loc="center")
     return figure
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from benchmarks.mistakes import ALONE, EDITS, LONG, RECIPE, SCORES, prices, spread, told, ways
+from benchmarks.mistakes import ALONE, BRIDGED, EDITS, LONG, RECIPE, SCORES, prices, spread, told, ways
 from helpers.run import ROOT, write_text
 from tools.tables import NOTHING, device, filled, measured, table
 
@@ -22,7 +22,7 @@ UNMASKED = ("no mask", *(f"no mask, random batches, {score}" for score in SCORES
 # The page's sections: the mistakes that are priced in each.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "mask": (*UNMASKED, *(f"{name}{ALONE}" for name in UNMASKED), "no mask when answering"),
-    "half": ("the wrong half", "both halves, bridged"),
+    "half": ("the wrong half", BRIDGED),
     "steps": ("the sum of each step's mean",),
     "optimisers": ("one embedding in two optimisers",),
     "clip": ("clip 0 taken literally", "no clip"),
@@ -158,12 +158,13 @@ def verdict(names: tuple[str, ...]) -> str:
     for name in names:
         for figure in ("nats", "exact"):
             if text := priced((name,), figure):
-                lines.append(f"- *{name}* costs {text}.")
+                lines.append(f"- *{name}*: {text}.")
                 break
     return "\n".join(lines)
 
 
 PLACES = {"world": "in the embedded world", "copying": "in copying", "films": "on films"}
+SEEDS = "three"  # the least that any of the results has; a test holds them to it
 UNITS = {"nats": " nats per token", "exact": " points of exact replies", "later": " updates"}
 
 
@@ -188,15 +189,14 @@ def priced(names: tuple[str, ...], figure: str = "nats") -> str:
             sure.append(f"{told(row, figure)}{UNITS[figure] * (not sure)} {PLACES[task]}")
         elif row:
             nothing.append(PLACES[task])
-    seeds = max((row["seeds"] for row in rows), default=0)
-    parts = [*sure, f"nothing that {seeds} seeds tell from 0 {listed(nothing)}" if nothing else ""]
+    parts = [*sure, f"nothing that {SEEDS} seeds tell from 0 {listed(nothing)}" if nothing else ""]
     return "; ".join(filter(None, parts))
 
 
 def share(task: str, way: str, key: str, mistake: str = "") -> str:
     """A share that the runs of one way have noted, or noted of a mistake when answering: the mean over the seeds."""
     runs = runs_of(first_machine(), task, way)
-    return f"{mean([run['answering'][mistake] for run in runs] if mistake else runs, key):.0%}"
+    return f"{mean([run['answering'][mistake] for run in runs] if mistake else runs, key):.1%}"
 
 
 # The notebooks' cells of prices by their ids; what stands in braces is a key of `values`.
@@ -212,11 +212,11 @@ CELLS = {
         "price-clip": """**What a limit of 0 costs**, taken literally: {literally}. No clipping at all costs
             {unclipped}. {all}""",
         "price-figures": """**Two ways to get such a figure wrong:** dropout left on while evaluating adds {dropout}.
-            The mean of the batches' perplexities, batches by length, in the place of the perplexity of all tokens,
-            looks as if there were {batches} more. {all}""",
+            And who prints the mean of the batches' perplexities, batches by length, in the place of the perplexity of
+            all tokens, prints a loss that differs by {batches}. {all}""",
     },
     "04_decoding_and_chat": {
-        "price-end": """**What it costs** to go on past the end: {end}. And where UNK may be said, {unknown} of the
+        "price-end": """**What it costs** to go on past the end: {end}. Where UNK may be said, {unknown} of the greedy
             replies on films have one. {all}""",
         "price-company": "And without the mask? {company} {all}",
     },
