@@ -80,8 +80,9 @@ UnicodeString spell(UnicodeString text) {
   UnicodeString result = text;
   each(uR"((?<=^|[.!?] [¿¡]?)\p{Ll})", text, 0, [&](auto& matcher, auto& status) {
     int32_t start = matcher.start(status), length = matcher.end(status) - start;
-    UnicodeString capital(u_totitle(text.char32At(start)));
-    if (capital.length() == length) result.replace(start, length, capital);
+    const int32_t letter = text.char32At(start);
+    UnicodeString capital(u_totitle(letter));
+    if (u_tolower(capital.char32At(0)) == letter && capital.length() == length) result.replace(start, length, capital);
     return true;
   });
   return result;

@@ -70,7 +70,7 @@ def spell(words: Iterable[str], spelling: dict[str, str] | None = None) -> str:
     "I don't know Marco. Do you?"
     """
     text = _NO_BLANK.sub("", " ".join((spelling or {}).get(word, word) for word in words))
-    return _SENTENCE_START.sub(lambda match: match[0].title() if len(match[0].title()) == 1 else match[0], text)
+    return _SENTENCE_START.sub(lambda found: big if (big := found[0].title()).lower() == found[0] else found[0], text)
 
 
 class Vocabulary:

@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
+import setuptools  # noqa: F401  PyTorch's compiler imports it late, and then not always finds its own distutils
 import torch
 
 from benchmarks import world

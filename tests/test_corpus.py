@@ -407,7 +407,7 @@ def test_lines_are_numbered_from_one():
 
 def test_every_file_that_the_page_on_own_dialogue_shows_is_read(tmp_path):
     whole = (ROOT / "docs" / "own_dialogue.md").read_text(encoding="utf-8")
-    page = whole.partition("## What becomes of it")[0]
+    page = whole.partition("## What a file looks like")[2].partition("## What becomes of it")[0]
     texts = re.findall(r"\n```\n(.*?)\n```", page, re.DOTALL)
     kinds = ["shop.tsv", "shop.csv", "talk.txt", "shop.jsonl", "utterances.jsonl"]
     assert all(f"`{name}`" in page for name in kinds)

@@ -90,6 +90,7 @@ def test_spelling_for_people():
     assert spell(words) == "I'm here. I don't know marco! Do you?"
     assert spell(["so", "i", "met", "marco"], {"i": "I", "marco": "Marco"}) == "So I met Marco"
     assert spell([]) == ""
+    assert spell(["µ", "."]) == "µ."  # whose capital, Μ, is that of another letter, μ
 
 
 def test_every_known_word_survives_encode_and_decode():

@@ -131,7 +131,7 @@ class Series:
                 text = json.dumps([(cell["cell_type"], cell["source"], cell["metadata"].get("tags"))
                                    for cell in json.loads(text)["cells"]])  # fmt: skip
             parts = [text, json.dumps(self.settings), common, *(found[need] for need in needs)]
-            found[name] = digest(*parts, yardsticks if "from benchmarks" in text else "")
+            found[name] = digest(*parts, yardsticks if "from benchmarks" in text or "exercises" in text else "")
         return found
 
     def update(self, names: list[str] = NUMBERED) -> None:
