@@ -129,6 +129,7 @@ def padding(answer):
         (places, "These are all places. How many of them hold words?"),
         (words, "These are the words. How many places are there beside them?"),
         (3 * 20 - words, "A batch is cut to its own longest row, not to the corpus's."),
+        ((places - words) / places, "A number of places was asked for, not their share."),
     ]
     return among(answer, places - words, mistakes, "Draw the rectangle and its words.")
 
@@ -145,7 +146,8 @@ def unknown_share(answer):
         "i|ben",
         "tea|you",
     ]
-    said += ["i am you|i", "i|tea", "ben|i", "am|you"]
+    said += ["i am you|i", "i|tea", "ben|i", "am|you", "am|i", "i|am", "you|am"]
+    said += ["zoe you|i"]  # zoe was never counted
     pairs = [tuple(side.split() for side in line.split("|")) for line in said]
 
     def share(sides, known):
@@ -162,7 +164,9 @@ def unknown_share(answer):
     either_and_other = statistics.mean(
         all(any(not known(word) for word in side) for side in pair) for pair in pairs
     )
+    never = share(pairs, lambda word: word not in counts or known(word))
     mistakes = [
+        (never, "A word that was never counted was seen 0 times."),
         (statistics.mean(unknown), "This is the share of words, not of exchanges."),
         (1 - right, "This is the share of exchanges without an unknown word."),
         (share([(q, []) for q, _ in pairs], known), "It looks at the queries alone."),
@@ -172,7 +176,10 @@ def unknown_share(answer):
         (100 * right, "In per cent; a share lies between 0 and 1."),
         (either_and_other, "One unknown word is enough, on whichever side."),
     ]
-    return among(tried(answer(counts, pairs, 3)), right, mistakes, "Try 3 pairs by hand.")
+    given = tried(answer(counts, pairs, 3))
+    if given == answer(counts, pairs, 2) == answer(counts, pairs, 6):
+        return "`least` makes no difference to yours."
+    return among(given, right, mistakes, "Try 3 pairs by hand.")
 
 
 @exercise("1.3", "a function")
@@ -187,12 +194,12 @@ def dealing(answer):
         return "One of the two parts is empty."
     if test & {unit for unit, part in zip(units, parts, strict=True) if part == "train"}:
         return "A unit is on both sides: draw for each unit, not for each exchange."
+    if list(answer(units, 0.2, 1)) != parts:
+        return "The same seed gave another split: draw from random.Random(seed)."
     if share > 0.5:
         return "The test part is the larger one: `share` is what is held out."
     if not 0.1 < share < 0.3:
         return f"Of 100 exchanges {100 * share:.0f} are held out, and 20 were asked for."
-    if list(answer(units, 0.2, 1)) != parts:
-        return "The same seed gave another split: draw from random.Random(seed)."
     if list(answer(units, 0.2, 2)) == parts:
         return "Another seed gave the same split: the drawing does not use it."
     return None
@@ -261,7 +268,9 @@ def scaled_dot(answer):
         return f"Scores {tuple(scores.shape)}; asked were (batch, time, query time)."
     factor = float((scores / dot).median())
     if not torch.allclose(scores, factor * dot, atol=1e-4):
-        return "These are not the scores of `dot` times one number. No softmax yet?"
+        return (
+            "Not the scores of `dot` times a number. No softmax yet; H is a size, no norm."
+        )
     mistakes = [
         (1.0, "This is `dot`, without the scale."),
         (1 / 16, "Divided by H. Which power of it keeps the spread at 1?"),
@@ -288,7 +297,10 @@ def perplexity(answer):
         (1 / statistics.mean(chances), "The mean is taken of -ln p, not of p."),
         (math.exp(-loss), "Turned over: a perplexity is never below 1."),
         (math.exp(loss / math.log(2)), "Logarithm and exponential need the same base."),
-        (math.exp(4 * loss), "The sum over the words; the mean was asked for."),
+        (
+            math.exp(4 * loss),
+            "This is e to the sum of -ln p; the loss is the mean over the words.",
+        ),
     ]
     return among(answer, math.exp(loss), mistakes, "The mean of -ln p first, then exp.")
 
@@ -352,7 +364,10 @@ def length_penalty(answer):
     mistakes = [
         (["short", "short"], "With α = 1 divide by the number of words, then compare."),
         (["long", "long"], "With α = 0 every length to its power is 1."),
-        (right[::-1], "Swapped: -0.5 is larger than -0.6, and α = 0 comes first."),
+        (
+            right[::-1],
+            "Swapped? α = 0 comes first; of two negative numbers the nearer to 0 wins.",
+        ),
     ]
     return among(answer, right, mistakes, "For α = 0 and α = 1, 'short' or 'long'.")
 
@@ -373,9 +388,9 @@ def temperature(answer):
 
 @exercise("4.3", "a function")
 def offsets(answer):
-    query = ["a", "red", "hat", "and", "a", "blue", "box"]
-    reply = ["the", "red", "box", "is", "a", "hat"]
-    looks = [0, 1, 2, 3, 0, 3]  # of each word of the reply, as columns
+    query = ["a", "red", "hat", "and", "a", "blue", "box", "."]
+    reply = ["the", "red", "box", "is", "a", "hat", ".", "red"]
+    looks = [0, 1, 2, 3, 0, 3, 5, 2]  # of each word of the reply, as columns
     weights = 0.02 + torch.nn.functional.one_hot(torch.tensor(looks), len(query)) * 0.88
 
     def found(places, times=(1,)):
@@ -383,16 +398,35 @@ def offsets(answer):
         return [int(places[at]) - query.index(word) for at, word in there]
 
     right = found(looks)
-    told = tried(answer(query, reply, weights))
+    told = answer(query, reply, weights)
+    if isinstance(told, list) and None in told:
+        return "Leave out the words that do not stand there once: no None for them."
+    told = tried(told)
     if isinstance(told, dict):
         return "A list was asked for, in the order of the reply."
+    if len(told) > len(reply):
+        return f"{len(reply)} words of the reply cannot have {len(told)} offsets."
+    there = [word for word in reply if query.count(word) == 1]
+    first = [looks[reply.index(word)] - query.index(word) for word in there]
+    pairs = list(zip(there, right, strict=True))
     mistakes = [
+        (first, "'red' is said twice: each time has a row of its own."),
+        ([offset for word, offset in pairs if word != "."], "Marks count as words."),
+        (
+            [o for word, o in pairs if reply.count(word) == 1],
+            "A word said twice counts twice.",
+        ),
         ([-offset for offset in right], "The sign: from the word to where it looked."),
         (found(looks, (1, 2)), "'a' stands twice in the query: which is its place?"),
         (found(weights.argmax(0)), "Columns for rows: a row is a word of the reply."),
         ([abs(offset) for offset in right], "Keep the sign: before or after?"),
     ]
-    return among(list(told), right, mistakes, f"A reply of six words gives {list(told)}.")
+    return among(
+        list(told),
+        right,
+        mistakes,
+        f"For {' '.join(query)!r} and {' '.join(reply)!r} yours is {list(told)}.",
+    )
 
 
 # 5 · The hyperparameter sweep

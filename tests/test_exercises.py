@@ -107,10 +107,11 @@ def grouped(keep_old=False, lose=False, ratio=True, others=0.01, decay=0.0):
     return spare
 
 
-def looked(axis=1, sign=1, times=(1,), size=int):
+def looked(axis=1, sign=1, times=(1,), size=int, first=False, but=""):
     def offsets(query, reply, weights):
         places = weights.argmax(axis).tolist()
-        rows = [(row, word) for row, word in enumerate(reply) if query.count(word) in times]
+        rows = [(row, word) for row, word in enumerate(reply) if query.count(word) in times and word != but]
+        rows = [(reply.index(word), word) for _, word in rows] if first else rows
         return [size(sign * (places[row] - query.index(word))) for row, word in rows]
 
     return offsets
@@ -215,7 +216,8 @@ WRONG = [
     ("4.2", {0.8: 0.2, 1.0: 0.3}, "At least four"), ("4.2", {0.2: 0, 0.5: 0.1, 1.0: 0.2, 2.0: 0.4}, "go hotter"),
     ("4.3", looked(axis=0), "Columns for rows"),
     ("4.3", looked(sign=-1), "sign"), ("4.3", looked(times=(1, 2)), "twice"),
-    ("4.3", looked(size=abs), "Keep the sign"),
+    ("4.3", looked(size=abs), "Keep the sign"), ("4.3", lambda *_: [0, None], "no None"),
+    ("4.3", looked(first=True), "a row of its own"), ("4.3", looked(but="."), "Marks count"),
     ("5.1", 58, "Off by one"), ("5.1", 20, "miss altogether"), ("5.1", 95, "Write down"),
     ("5.2", {1e-4: 4.0, 1e-3: 4.0, 1e-2: 4.0, 1e-1: 4.0}, "did not reach"),
     ("5.2", {1e-5: 6.0, 1e-4: 5.5, 1e-3: 4.0, 1e-2: 2.8}, "nothing breaks yet"),
