@@ -1,8 +1,10 @@
 """README and the pages of docs/: their tables, links and commands, and what stands beside them for visitors and CI."""
 
 import importlib.util
+import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,15 @@ def test_ci_tries_pull_requests_on_the_oldest_and_the_newest_python_and_goes_on_
                 for version in job["strategy"]["matrix"]["python"]}  # fmt: skip
     assert versions == {"3.11", "3.14"}
     assert any(part["cron"] for one in workflows if "schedule" in one["on"] for part in one["on"]["schedule"])
+
+
+def test_the_pages_tell_the_blind_judging_as_it_came_out():
+    verdicts = json.loads((ROOT / "results" / "judging-cornell_excerpt.json").read_text(encoding="utf-8"))["verdicts"]
+    counts = {bot: Counter(one for row in rows.values() for one in row) for bot, rows in verdicts.items()}
+    classic, ours = counts["classic greedy"], counts["cornell mmi"]
+    assert classic.total() == ours.total() == 90
+    fits = f"{classic['fits']} of 90 by the classic one, {ours['fits']} by *mmi*"
+    assert fits in " ".join(README.read_text(encoding="utf-8").split())
+    told = f"{classic['fits']} of the classic's were *fits* and {classic['nonsense']} *nonsense*, of *mmi*'s"
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert f"{told} {ours['fits']} and {ours['nonsense']}" in page

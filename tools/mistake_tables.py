@@ -40,21 +40,28 @@ RIDDLE = (
 )  # fmt: skip
 
 
+def per_machine(header: list[str], rows: Callable[[dict], list[list]]) -> str:
+    """A table of `rows` of each machine's results, whose name takes the place of {} in the header."""
+    parts = [
+        table([name.format(machine) for name in header], rows(one)) for machine, one in measured("mistakes").items()
+    ]
+    return "\n\n".join(parts) or NOTHING
+
+
 def price(names: tuple[str, ...]) -> str:
-    """What some mistakes cost, a row per task and mistake, a table per machine."""
-    parts = []
-    for name, one in measured("mistakes").items():
-        rows = prices(one)
-        rows = rows[rows["mistake"].isin(names)]
-        lines = [
+    """What some mistakes cost, a row per task and mistake."""
+
+    def rows(one: dict) -> list[list]:
+        found = prices(one)
+        return [
             [row["task"], row["mistake"], f"{row['nats, right']:.3f}".replace("nan", "–"), told(row, "nats") or "–",
              f"{row['exact, right']:.1%}".replace("nan%", "–"), told(row, "exact") or "–", told(row, "later") or "–"]
-            for row in rows.to_dict("records")
+            for row in found[found["mistake"].isin(names)].to_dict("records")
         ]  # fmt: skip
-        header = ["task", f"mistake ({name})", "nats per token, right", "the mistake adds", "exact, right", "points",
-                  "updates later"]  # fmt: skip
-        parts.append(table(header, lines))
-    return "\n\n".join(parts) or NOTHING
+
+    header = ["task", "mistake ({})", "nats per token, right", "the mistake adds", "exact, right", "points",
+              "updates later"]  # fmt: skip
+    return per_machine(header, rows)
 
 
 def diff(name: str) -> str:
@@ -94,28 +101,26 @@ def runs_of(one: dict, task: str, way: str) -> list[dict]:
 
 def alone() -> str:
     """Models trained without the mask: in batches as in training, and asked alone."""
-    parts = []
-    for name, one in measured("mistakes").items():
-        lines = []
-        for task in one["tasks"]:
-            for way in UNMASKED:
-                runs = [run for run in runs_of(one, task, way) if "alone" in run]
-                if runs:
-                    lines.append([
-                        task, way, f"{mean(runs, 'weight on padding'):.1%}", f"{mean(runs, 'test'):.3f}",
-                        f"{mean(runs, 'alone'):.3f}", f"{mean(runs, 'exact'):.1%}", f"{mean(runs, 'exact alone'):.1%}",
-                        f"{mean(runs, 'other replies alone'):.1%}",
-                    ])  # fmt: skip
-        header = ["task", f"trained ({name})", "weight on padding", "nats in company", "nats alone", "exact in company",
-                  "exact alone", "replies that change"]  # fmt: skip
-        parts.append(table(header, lines))
-    return "\n\n".join(parts) or NOTHING
+
+    def rows(one: dict) -> list[list]:
+        ways = [(task, way, runs_of(one, task, way)) for task in one["tasks"] for way in UNMASKED]
+        asked = [(task, way, [run for run in runs if "alone" in run]) for task, way, runs in ways]
+        return [
+            [task, way, f"{mean(runs, 'weight on padding'):.1%}", f"{mean(runs, 'test'):.3f}",
+             f"{mean(runs, 'alone'):.3f}", f"{mean(runs, 'exact'):.1%}", f"{mean(runs, 'exact alone'):.1%}",
+             f"{mean(runs, 'other replies alone'):.1%}"]
+            for task, way, runs in asked if runs
+        ]  # fmt: skip
+
+    header = ["task", "trained ({})", "weight on padding", "nats in company", "nats alone", "exact in company",
+              "exact alone", "replies that change"]  # fmt: skip
+    return per_machine(header, rows)
 
 
 def looks() -> str:
     """The split by exchange: by how much the same held-out exchanges look better, and what unseen movies say."""
-    parts = []
-    for name, one in measured("mistakes").items():
+
+    def rows(one: dict) -> list[list]:
         lines = []
         for task in one["tasks"]:
             right = runs_of(one, task, LONG) or runs_of(one, task, RECIPE)
@@ -130,16 +135,16 @@ def looks() -> str:
                     told({"nats": statistics.mean(gains), "nats ±": spread(gains)}, "nats"),
                     told({"nats": statistics.mean(unseen), "nats ±": spread(unseen)}, "nats"),
                 ])  # fmt: skip
-        header = ["task", f"updates ({name})", "validation by movie", "by exchange", "by exchange it adds",
-                  "on unseen movies"]  # fmt: skip
-        parts.append(table(header, lines))
-    return "\n\n".join(parts) or NOTHING
+        return lines
+
+    header = ["task", "updates ({})", "validation by movie", "by exchange", "by exchange it adds", "on unseen movies"]
+    return per_machine(header, rows)
 
 
 def said() -> str:
     """What is said past the end, and how often UNK is."""
-    parts = []
-    for name, one in measured("mistakes").items():
+
+    def rows(one: dict) -> list[list]:
         lines = []
         for task in one["tasks"]:
             found = [run["answering"] for run in runs_of(one, task, RECIPE)]
@@ -147,9 +152,9 @@ def said() -> str:
                 ends, unknown = ([run[key] for run in found] for key in ("past the end", "UNK and PAD spoken"))
                 lines.append([task, f"{mean(ends, 'words of the right reply'):.1f}", f"{mean(ends, 'words'):.1f}",
                               f"{mean(unknown, 'replies with UNK'):.1%}"])  # fmt: skip
-        header = ["task", f"words of a reply ({name})", "past the end", "replies with UNK, if it may be said"]
-        parts.append(table(header, lines))
-    return "\n\n".join(parts) or NOTHING
+        return lines
+
+    return per_machine(["task", "words of a reply ({})", "past the end", "replies with UNK, if it may be said"], rows)
 
 
 def verdict(names: tuple[str, ...]) -> str:
@@ -243,16 +248,16 @@ def values() -> dict[str, str]:
 
 def lengths() -> str:
     """The share of lines that are copied exactly, by their length, for each way to train."""
-    parts = []
-    for name, one in measured("mistakes").items():
-        there = [way for way in ways(SCORES) if runs_of(one, "copying", way)]
-        asked = ("2", "4", "6", "8", "9", "10", "11", "12", "13", "14", "16")
-        lines = [
-            [way, *(f"{statistics.mean(run['kinds'][n] for run in runs_of(one, 'copying', way)):.0%}" for n in asked)]
-            for way in there
+    asked = ("2", "4", "6", "8", "9", "10", "11", "12", "13", "14", "16")
+
+    def rows(one: dict) -> list[list]:
+        there = {way: runs for way in ways(SCORES) if (runs := runs_of(one, "copying", way))}
+        return [
+            [way, *(f"{statistics.mean(run['kinds'][n] for run in runs):.0%}" for n in asked)]
+            for way, runs in there.items()
         ]
-        parts.append(table([f"trained ({name})", *asked], lines))
-    return "\n\n".join(parts) or NOTHING
+
+    return per_machine(["trained ({})", *asked], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
