@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 import types
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -265,7 +266,7 @@ def resume(here: Stage) -> None:
 
 
 def cells(notebook: str, **parameters) -> None:
-    """A notebook's code from top to bottom in this process, where there is no Jupyter; nothing is shown."""
+    """A notebook's code down to its exercises in this process, where there is no Jupyter; nothing is shown."""
 
     class Shown(str):
         """What a notebook would show: Markdown, HTML, …"""
@@ -273,16 +274,19 @@ def cells(notebook: str, **parameters) -> None:
     def shows(*things, **how) -> types.SimpleNamespace:
         return types.SimpleNamespace(update=shows)
 
-    display = types.SimpleNamespace(display=shows, Markdown=Shown, HTML=Shown)
+    display = types.SimpleNamespace(display=shows, Markdown=Shown, HTML=Shown, IFrame=shows)
     stubs = {
         "IPython": types.SimpleNamespace(get_ipython=lambda: None, version_info=(9, 0), display=display),
         "IPython.display": display,
+        "ipywidgets": unittest.mock.MagicMock(),  # sliders that nobody moves
     }
     names = {"display": shows, "__name__": "__main__"}
     path = next((ROOT / "notebooks").glob(f"{notebook}*.ipynb"))
     sys.modules.update(stubs)  # in this stage's own process
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
+        if "## Exercises" in source.splitlines():
+            break
         if cell["cell_type"] == "code" and not re.search(r"^\s*[!%]", source, re.MULTILINE):
             exec(compile(source, path.name, "exec"), names)
             if "parameters" in cell["metadata"].get("tags", []):
