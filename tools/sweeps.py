@@ -37,6 +37,15 @@ from helpers.training import training_digest
 
 # What an agent calls for each trial, where the sweep's file has no command of its own.
 COMMAND = ["${env}", "${interpreter}", "-m", "tools.sweeps", "trial", "${args_no_hyphens}"]
+# `wandb agent`, which ends at once when it has ended: while Python shuts down, threads of its own may abort it (0.31).
+AGENT = """import os, sys
+from wandb.cli.cli import cli
+try:
+    cli(prog_name="wandb")
+except SystemExit as end:
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else bool(end.code))
+"""
 SAME = "Give the CORPUS and PROFILE that 'make sweep' printed."
 
 
@@ -84,7 +93,7 @@ def run_agent(sweep: str, folder: Path, device: str) -> None:
         # In a session of its own it hears of Ctrl-C once, by us, and hands it on to the trial.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         path = sweep if "/" in sweep else f"{PROJECT}/{sweep}"
-        agent = subprocess.Popen([sys.executable, "-m", "wandb", *command, path], env=env, start_new_session=True)
+        agent = subprocess.Popen([sys.executable, "-c", AGENT, *command, path], env=env, start_new_session=True)
         try:
             agent.wait()
         except KeyboardInterrupt:
