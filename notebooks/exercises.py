@@ -215,9 +215,10 @@ def mirror(answer):
         (places, "So it looks when it copies. Which word does it need first here?"),
         ([place + 1 for place in places[::-1]], "Off by one: columns are counted from 0."),
     ]
-    return among(
-        answer, places[::-1], mistakes, "One column per word of the reply, in order."
-    )
+    otherwise = "One column per word of the reply, in order."
+    if len(answer) == len(places):
+        otherwise = "Row by row: which word of the query is said there, and where is it?"
+    return among(answer, places[::-1], mistakes, otherwise)
 
 
 def attended(score: type | Callable, size: int = 16):
@@ -369,7 +370,8 @@ def length_penalty(answer):
             "Swapped? α = 0 comes first; of two negative numbers the nearer to 0 wins.",
         ),
     ]
-    return among(answer, right, mistakes, "For α = 0 and α = 1, 'short' or 'long'.")
+    said = [str(name).lower() for name in answer]
+    return among(said, right, mistakes, "For α = 0 and α = 1, 'short' or 'long'.")
 
 
 @exercise("4.2", "a dict")

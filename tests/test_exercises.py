@@ -191,6 +191,7 @@ WRONG = [
     ("1.3", by_unit(seed=7), "does not use it"), ("1.3", by_unit(names=("held out", "train")), "'train' or 'test'"),
     ("2.1", [0, 1, 2, 3, 4], "when it copies"),
     ("2.1", [5, 4, 3, 2, 1], "Off by one"), ("2.1", [4, 3, 2, 1], "One column"),
+    ("2.1", [4, 3, 2, 0, 1], "Row by row"),
     ("2.2", LuongAttention, "still masks"), ("2.2", attention(zeroed), "`_replace`"),
     ("2.2", attention(lambda scores, _, memory: weighted(scores.softmax(1), memory)), "Which axis"),
     ("2.2", attention(lambda scores, _, memory: (memory.states, scores.transpose(1, 2))), "asked were"),
@@ -296,6 +297,7 @@ def test_what_an_answer_raises_is_said_and_ends_nothing(capsys):
     assert said(capsys, "6.2", {1: 2}) == "6.2: not yet. KeyError: 'step'"
     assert said(capsys, "6.2", 3) == "6.2: not yet. The answer is to be a dict; this is of type int."
     assert said(capsys, "2.1", torch.arange(4, -1, -1)) == "2.1: right.", "an array does as well"
+    assert said(capsys, "4.1", ["Short", "LONG"]) == "4.1: right.", "capitals do as well"
     with pytest.raises(UserError, match=r"no exercise '9\.9'"):
         exercises.check("9.9", 1)
 
