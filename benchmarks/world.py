@@ -26,7 +26,7 @@ import yaml
 from helpers.corpus import CONVERSATIONS, LINES, SEPARATOR
 from helpers.run import atomic_write, write_text
 
-EXCHANGES = 20000
+EXCHANGES = 22000
 LONGEST = 10  # lines of a scene
 CAPITAL = ("name", "city", "day")  # slots whose fillers are names
 GRAMMAR = Path(__file__).with_suffix(".yaml")
