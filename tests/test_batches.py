@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import world
 from helpers.batches import SIZES, BucketedSampler, Pairs, Prepared, prepare, split
 from helpers.corpus import Corpus, Exchange, read_corpus
 from helpers.settings import Settings, UserError, load_profile
@@ -41,8 +42,8 @@ def in_words(pairs, vocabulary):
     return rows
 
 
-def test_every_movie_has_one_part_and_every_part_its_share(corpus_folder):
-    exchanges = read_corpus(corpus_folder).exchanges
+def test_every_movie_has_one_part_and_every_part_its_share(tmp_path):
+    exchanges = read_corpus(world.write_corpus(tmp_path, exchanges=1500)).exchanges
     for seed in range(3):
         parts, unit = split(exchanges, 0.15, seed)
         assert unit == "movie"

@@ -140,8 +140,8 @@ def neighbours(folder: Path) -> list[tuple[str, str]]:
     if (file := folder / "utterances.jsonl").exists():
         rows = [json.loads(line) for line in file.read_bytes().split(b"\n") if line.strip(b"\r")]
         texts = {row["id"]: row["text"] or "" for row in rows}
-        pairs = [(texts[r.get("reply-to", r.get("reply_to"))], r["text"] or "") for r in rows if
-                 r.get("reply-to", r.get("reply_to")) in texts]  # fmt: skip
+        asked = [(r.get("reply-to", r.get("reply_to")), r) for r in rows]
+        pairs = [(texts[to], r["text"] or "") for to, r in asked if to in texts and to != r["id"]]  # none to itself
         return [tuple(re.sub("[\ud800-\udfff]", " ", text).strip() for text in pair) for pair in pairs]
     texts, pairs = {}, []
     for line in (folder / "movie_lines.txt").read_bytes().split(b"\n"):
