@@ -4,7 +4,7 @@
 
 A mistake is an edit of a few lines in the source of `helpers/` (EDITS), other settings or other data, and nothing else:
 model, seed, order of batches and updates are those of the right way that it is compared with. Three tasks: copying, the
-embedded world, whose least possible loss is known, and films. Each run has a process and a thread of its own, and is
+embedded world, whose least possible loss is known, and movies. Each run has a process and a thread of its own, and is
 written when it ends; several such programs may work on one file at once. What is in the file is not run again.
 
 All train at a constant rate and keep an average of the weights, in place of the recipes' falling rate. So the loss
@@ -288,11 +288,11 @@ def copying(updates: int = 600) -> Task:
 
 
 def talking(source: str | Path, settings: Settings, scores: tuple[str, ...], longer: int = 0) -> Task:
-    """To answer as a corpus does; films are asked QUERIES. Of the embedded world's replies those count to whose query
+    """To answer as a corpus does; movies are asked QUERIES. Of the embedded world's replies those count to whose query
     only one is right."""
     data = prepare(read_corpus(source), settings)
     texts, test, least = data.texts["test"], data.splits["test"], None
-    kinds = ["film"] * len(texts)
+    kinds = ["movie"] * len(texts)
     if data.corpus["name"] == "sample":
         behind, facts = world.known(data.vocabulary.tokenise), world.World().grammar["facts"]
         sure = [behind[pair][1].chance == 1 and behind[pair][0].meaning in facts for pair in texts]
@@ -300,14 +300,14 @@ def talking(source: str | Path, settings: Settings, scores: tuple[str, ...], lon
         least = -sum(math.log(behind[pair][1].chance) for pair in texts) / int(test.response_lengths.sum())
     references = [response.split() for _, response in texts]
     asked = len(texts) if least else QUERIES
-    lists, counted = (references[:asked], kinds[:asked]), ["fact"] if least else ["film"]
+    lists, counted = (references[:asked], kinds[:asked]), ["fact"] if least else ["movie"]
     return Task(quarters(data, settings), test.first(asked), *lists, counted, scores, least, longer)
 
 
 TASKS: dict[str, Callable[[str], Task]] = {
     "world": lambda _: talking("sample", steady(load_profile("sample"), 800), ("dot",)),
     "copying": lambda _: copying(),
-    "films": lambda source: talking(source, steady(load_profile("quick").change(**SMALLER), 400), ("general",), 1500),
+    "movies": lambda source: talking(source, steady(load_profile("quick").change(**SMALLER), 400), ("general",), 1500),
 }
 
 
@@ -594,17 +594,17 @@ def overview(found: dict, figure: str) -> pd.DataFrame:
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", default="", help="films, for the task films, which is left out without")
+    parser.add_argument("--corpus", default="", help="movies, for the task movies, which is left out without")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--only", nargs="+", choices=TASKS, help="some of the tasks")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 1 on")
     parser.add_argument("--runs", type=int, help="stop after so many; the next call goes on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="instead of the file in results/")
     options = parser.parse_args(arguments)
-    if "films" in (options.only or ()) and not options.corpus:
-        raise UserError("The task films needs films: name them with --corpus PATH.")
+    if "movies" in (options.only or ()) and not options.corpus:
+        raise UserError("The task movies needs movies: name them with --corpus PATH.")
     file, left = options.json or result_path("mistakes", machine(options.device)), options.runs
-    for name in options.only or [name for name in TASKS if name != "films" or options.corpus]:
+    for name in options.only or [name for name in TASKS if name != "movies" or options.corpus]:
         ran = run_all(name, options.corpus, file, options.device, options.seeds, left)
         left = None if left is None else left - ran
     if file.is_file():

@@ -2,7 +2,7 @@
 
     python -m benchmarks.race --corpus PATH    # results/transformer-DEVICE.json; PATH is for the task `excerpt`
 
-Three tasks: copying (and lines longer than any that was trained on), the embedded world, and an excerpt of films. For
+Three tasks: copying (and lines longer than any that was trained on), the embedded world, and an excerpt of movies. For
 each, both models are sized to one number of parameters, and both run the same sweep of layers, learning rates and
 dropout, a third as long as the races; each one's best by validation loss then runs with three seeds. Both train with
 `fit`, and only the time of updates counts, not that of validations. What is in the file already is not run again.
@@ -108,7 +108,7 @@ def talking(source: str | Path, settings: Settings) -> Task:
         exact = exact_matches(replies, [response.split() for _, response in references])
         behind = world.known(data.vocabulary.tokenise) if data.corpus["name"] == "sample" else {}
         costs = [-math.log(behind[pair][1].chance) for pair in references if behind]
-        least = sum(costs) / len(costs) if costs else None  # of films nobody knows it
+        least = sum(costs) / len(costs) if costs else None  # of movies nobody knows it
         return {"test": evaluate(model, test).per_response, "exact": exact, "least": least}
 
     return Task(data, parameter_count(new_model(settings, len(data.vocabulary))), on_test)
@@ -225,7 +225,7 @@ def summary(found: dict) -> pd.DataFrame:
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, help="films, for the task excerpt, which is left out without")
+    parser.add_argument("--corpus", type=Path, help="movies, for the task excerpt, which is left out without")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--only", nargs="+", choices=("copy", "world", "excerpt"), help="some of the tasks")
     parser.add_argument("--updates", type=int, help="of a race, in place of each task's own: for a quick look")
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"tasks": {}, "runs": [], "latency": []}
     for name in options.only or tasks:
         if name not in tasks:
-            raise UserError("The task excerpt needs films: name them with --corpus PATH.")
+            raise UserError("The task excerpt needs movies: name them with --corpus PATH.")
         task = tasks[name]()
         if options.updates:
             task = dataclasses.replace(task, data=task.data.anew(task.data.settings.change(updates=options.updates)))

@@ -304,8 +304,8 @@ def test_a_run_that_another_program_is_at_work_on_is_left_to_it(here, tmp_path):
     assert here == [("no clip", 1), (RECIPE, 1)]
 
 
-def test_films_need_films(capsys):
-    assert mistakes.main(["--only", "films", "--json", "nowhere.json"]) == 1
+def test_movies_need_movies(capsys):
+    assert mistakes.main(["--only", "movies", "--json", "nowhere.json"]) == 1
     assert "--corpus PATH" in capsys.readouterr().err
 
 
@@ -320,15 +320,15 @@ def test_updates_later_are_read_between_the_points():
 
 def test_prices_are_differences_of_equal_seeds():
     def run(way, seed, nats, exact, **more):
-        return {"task": "films", "way": way, "seed": seed, "test": nats, "exact": exact,
+        return {"task": "movies", "way": way, "seed": seed, "test": nats, "exact": exact,
                 "curve": [[10, nats + 1], [20, nats]], **more}  # fmt: skip
 
     answering = {"answering": {"past the end": {"exact": 0.0}}}
     runs = [run(RECIPE, seed, 2.0 + seed, 0.5, **answering) for seed in (1, 2, 3)]
     runs += [run("no clip", seed, 2.5 + seed, 0.25) for seed in (1, 2, 3)]
     runs += [run(HALF, 1, 3.0, 0.5), run("the wrong half", 1, 3.25, 0.5)]
-    runs += [{"task": "films", "way": "no mask", "seed": 1, "failed": "the loss is nan"}]
-    found = {"tasks": {"films": {"settings": {"attention": "general"}}}, "runs": runs}
+    runs += [{"task": "movies", "way": "no mask", "seed": 1, "failed": "the loss is nan"}]
+    found = {"tasks": {"movies": {"settings": {"attention": "general"}}}, "runs": runs}
     table = mistakes.prices(found).set_index("mistake")
     assert list(table.index) == ["no clip", "the wrong half", "past the end"]
     assert table.loc["no clip", ["nats, right", "nats", "nats ±", "exact", "later"]].tolist() == [4.0, 0.5, 0, -0.25, 5]
@@ -395,16 +395,16 @@ def test_what_the_page_concludes_follows_from_the_results(path):
             assert sure(task, mistake) == sure(task, mistake, "exact") == fails, (task, mistake)
             assert not fails or rows[task, mistake]["exact"] < -0.8 * rows[task, mistake]["exact, right"]
     for name in ("no clip", "the sum of each step's mean"):
-        assert sure("films", name)
+        assert sure("movies", name)
         assert (
-            rows["films", name]["nats"] > 0.03 > 0.01 > max(rows[task, name]["nats"] for task in ("world", "copying"))
+            rows["movies", name]["nats"] > 0.03 > 0.01 > max(rows[task, name]["nats"] for task in ("world", "copying"))
         )
     assert [sure(task, "no shuffling") for task in mistakes.TASKS] == [False, True, True]
     assert rows["world", "past the end"]["exact"] < -0.5 * rows["world", "past the end"]["exact, right"]
     assert rows["world", "SOS fed as zeros"]["exact"] < -0.25 * rows["world", "SOS fed as zeros"]["exact, right"]
-    for task in ("world", "films"):
+    for task in ("world", "movies"):
         assert not sure(task, "split by exchange")
-    assert sure("films", "split by exchange", "later")
-    assert rows["films", "split by exchange"]["later"] < -300
-    figures = {name: rows["films", name]["nats"] for (task, name) in rows if task == "films" and "batches'" in name}
-    assert max(map(abs, figures.values())) > 0.1 > 0.06 > rows["films", "dropout on"]["nats"]
+    assert sure("movies", "split by exchange", "later")
+    assert rows["movies", "split by exchange"]["later"] < -300
+    figures = {name: rows["movies", name]["nats"] for (task, name) in rows if task == "movies" and "batches'" in name}
+    assert max(map(abs, figures.values())) > 0.1 > 0.06 > rows["movies", "dropout on"]["nats"]

@@ -35,8 +35,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Whose curves the page's riddle shows, A to D: a task's way.
 RIDDLE = (
-    ("films", "the sum of each step's mean"), ("copying", "no shuffling"), ("films", "more updates"),
-    ("films", "clip 0 taken literally"),
+    ("movies", "the sum of each step's mean"), ("copying", "no shuffling"), ("movies", "more updates"),
+    ("movies", "clip 0 taken literally"),
 )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def verdict(names: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-PLACES = {"world": "in the embedded world", "copying": "in copying", "films": "on films"}
+PLACES = {"world": "in the embedded world", "copying": "in copying", "movies": "on movies"}
 SEEDS = "three"  # the least that any of the results has; a test holds them to it
 UNITS = {"nats": " nats per token", "exact": " points of exact replies", "later": " updates"}
 
@@ -222,7 +222,7 @@ CELLS = {
     },
     "04_decoding_and_chat": {
         "price-end": """**What it costs** to go on past the end: {end}. Where UNK may be said, {unknown} of the greedy
-            replies on films have one. {all}""",
+            replies on movies have one. {all}""",
         "price-company": "And without the mask? {company} {all}",
     },
 }
@@ -241,7 +241,7 @@ def values() -> dict[str, str]:
         "steps": priced(SECTIONS["steps"]), "optimisers": priced(SECTIONS["optimisers"]),
         "literally": priced(clip[:1]), "unclipped": priced(clip[1:]), "dropout": priced(figures[:1]),
         "batches": priced(figures[1:2]), "end": priced(SECTIONS["spoken"][:1], "exact"),
-        "unknown": share("films", RECIPE, "replies with UNK", "UNK and PAD spoken"),
+        "unknown": share("movies", RECIPE, "replies with UNK", "UNK and PAD spoken"),
         "all": "[All prices](../docs/mistakes.md).",
     }  # fmt: skip
 

@@ -292,7 +292,7 @@ def speedrun() -> None:
 
 
 def mistakes() -> None:
-    """seven classic mistakes and some more, priced: copying, the embedded world, and films in CORPUS; to results/"""
+    """seven classic mistakes and some more, priced: copying, the embedded world, and movies in CORPUS; to results/"""
     corpus = ["--corpus", located("CORPUS", [])] if given("CORPUS") else []
     call("-m", "benchmarks.mistakes", *corpus, "--device", given("DEVICE", "auto"))
 

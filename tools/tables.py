@@ -125,20 +125,20 @@ def quality() -> str:
 
 
 def mistakes() -> str:
-    """The mistakes that cost most nats per token on films, and those that cost nothing that the seeds can tell."""
+    """The mistakes that cost most nats per token on movies, and those that cost nothing that the seeds can tell."""
     if not (found := measured("mistakes")):
         return NOTHING
     one = next(iter(found.values()))
     rows = prices(one)
-    rows = rows[(rows["task"] == "films") & rows["nats"].notna() & (rows["mistake"] != BRIDGED)]
+    rows = rows[(rows["task"] == "movies") & rows["nats"].notna() & (rows["mistake"] != BRIDGED)]
     sure = rows[rows["nats"] > rows["nats ±"]].sort_values("nats", ascending=False)
     lines = [
         [row["mistake"], f"{row['nats, right']:.2f}", told(row, "nats"), f"{math.expm1(row['nats']):+.0%}"]
         for row in sure.head(5).to_dict("records")
     ]
     nothing = "; ".join(rows[rows["nats"].abs() <= rows["nats ±"]]["mistake"])
-    said = f"Means over {rows['seeds'].max()} seeds ± half of the 95% interval. Not told from 0 on films: {nothing}."
-    header = ["mistake, on films", "nats per token, right", "the mistake adds", "perplexity"]
+    said = f"Means over {rows['seeds'].max()} seeds ± half of the 95% interval. Not told from 0 on movies: {nothing}."
+    header = ["mistake, on movies", "nats per token, right", "the mistake adds", "perplexity"]
     return f"""{table(header, lines)}
 
 {textwrap.fill(said, 118)}
