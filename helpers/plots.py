@@ -20,6 +20,7 @@ def style() -> None:
     matplotlib.rcParams.update({
         "figure.figsize": (7, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+        "axes.formatter.min_exponent": 3,  # 0.2, not 2 × 10⁻¹
         "axes.prop_cycle": matplotlib.cycler(color=(BLUE, ORANGE, GREEN, RED, GREY)), "legend.frameon": False,
     })  # fmt: skip
 

@@ -88,7 +88,7 @@ def architecture(bot: Chatbot) -> plt.Figure:
     draw = Diagram(12.5, 7.1, (-0.65, last + 5.9), (-1.25, 10.6))
     zero, floor, most = 4.2, 5.9, max(map(abs, scores))
     for s, (word, score, weight) in enumerate(zip(query, scores, weights[step].tolist(), strict=True)):
-        draw.text(s, -0.5, word, style="italic")
+        draw.text(s, -0.5, word, style="italic", fontsize=13)
         draw.axes.add_patch(patches.Rectangle((s - 0.43, -0.1), 0.86, 1.9, facecolor="#f1f1ef"))
         draw.box(s, 0.4, f"$\\overrightarrow{{h}}_{{{s + 1}}}$", "query", 0.64, fontsize=13)
         draw.box(s, 1.3, f"$\\overleftarrow{{h}}_{{{s + 1}}}$", "query", 0.64, fontsize=13)
