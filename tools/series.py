@@ -134,8 +134,8 @@ class Series:
             found[name] = digest(*parts, yardsticks if "from benchmarks" in text or "exercises" in text else "")
         return found
 
-    def update(self, names: list[str] = NUMBERED) -> None:
-        """Run those notebooks that are stale."""
+    def update(self, names: list[str] = NUMBERED, at_once: int = 2) -> None:
+        """Run those notebooks that are stale; on the embedded corpus so many at once, unless make was told by -j."""
         now = self.digests()
         with locked(self.folder / ".series.lock", BUSY.format(self.name)):
             self.save()
@@ -143,21 +143,22 @@ class Series:
                      or not (self.folder / NOTEBOOKS[name][1]).exists()]  # fmt: skip
             # Of the embedded corpus's small model one thread is as fast as two.
             small = self.settings["corpus"] == "sample" and self.settings["profile"] in ("auto", "sample")
-            self.run(stale, now, {"OMP_NUM_THREADS": "1"} if small or jobs() > 1 else {})
+            most = jobs(at_once if small else 1)
+            self.run(stale, now, {"OMP_NUM_THREADS": "1"} if small or most > 1 else {}, most)
 
     def measure(self, name: str) -> None:
         """Run one notebook with its whole tables, on the run as it is and with all threads."""
         with locked(self.folder / ".series.lock", BUSY.format(self.name)):
-            self.run([name], {}, {}, "-p", "full", "true")
+            self.run([name], {}, {}, 1, "-p", "full", "true")
 
-    def run(self, waiting: list[str], now: dict[str, str], variables: dict[str, str], *more: str) -> None:
-        """Run notebooks in order, or as many at once as may be, and note what each was made from.
+    def run(self, waiting: list[str], now: dict[str, str], variables: dict[str, str], most: int, *more: str) -> None:
+        """Run notebooks in order, `most` of them at once, and note what each was made from.
         The first that fails ends it with status 1, once those beside it are done; a KeyboardInterrupt ends all."""
         python, running, failed = interpreter(), {}, False
         try:
             while running or (waiting and not failed):
                 for name in [] if failed else list(waiting):
-                    if len(running) < jobs() and not {*NOTEBOOKS[name][0]} & {*waiting, *running}:
+                    if len(running) < most and not {*NOTEBOOKS[name][0]} & {*waiting, *running}:
                         print(f"running {name} …", flush=True)
                         waiting.remove(name)
                         if self.done.pop(name, None):  # whatever comes of it, what was there is written over
@@ -183,17 +184,18 @@ class Series:
             sys.exit(1)
 
 
-def jobs() -> int:
-    """How many notebooks may run at once: what make -j allows, and no more than there are cores, and 2 GB for each."""
+def jobs(usual: int = 1) -> int:
+    """How many notebooks may run at once: what make -j allows, else `usual`; at most one per core and 2 GB."""
     flag = re.search(r"(?:^| )-j ?(\d*)", os.environ.get("MAKEFLAGS", "").partition(" -- ")[0])
-    memory = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text()) if flag else None
+    known = Path("/proc/meminfo")  # on Linux
+    memory = re.search(r"MemAvailable: *(\d+)", known.read_text()) if known.exists() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     most = min(cores, int(memory[1]) // 2_000_000 if memory else cores)
-    return max(min(int(flag[1] or most) if flag else 1, most), 1)
+    return max(min(int(flag[1] or most) if flag else usual, most), 1)
 
 
 def run_all() -> None:
-    """notebooks 01 to 08 in order; executed copies and all results in runs/NAME; -j4 runs several at once"""
+    """notebooks 01 to 08; executed copies and all results in runs/NAME; -j4 runs up to four at once, -j1 one"""
     series = Series()
     series.update()
     print(f"Done: runs/{series.name} holds the executed notebooks, the checkpoint, figures and tables.")
@@ -201,7 +203,6 @@ def run_all() -> None:
 
 def test() -> None:
     """lint, unit tests, run-all, committed notebooks against their outputs"""
-    os.environ["MAKEFLAGS"] = "-j2"  # as the unit tests are two at once
     for target in (lint, unit, run_all, check):
         target()
 
@@ -349,7 +350,7 @@ def html() -> None:
 def outputs() -> None:
     """the committed notebooks' outputs from a default run"""
     series = Series()
-    series.update(list(NOTEBOOKS))
+    series.update(list(NOTEBOOKS), at_once=1)  # beside nothing else, since they hold times
     committed = [shutil.copy(series.notebook(name), ROOT / "notebooks") for name in NOTEBOOKS]
     keys = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
     call("-m", "nbstripout", "--keep-output", "--keep-count", "--keep-id", "--extra-keys", keys, *committed)
