@@ -316,10 +316,12 @@ def from_results() -> dict[str, plt.Figure]:
         row | {"model": machine} for machine, found in measured("latency").items() for row in found["rows"]
         if row["model"].startswith("classic") and row["batch"] == 1
     ]  # fmt: skip
+    bars = plots.grouped_bars(importance[["fANOVA", "forest"]], "importance, Adam alone", interval)
+    bars.axes[0].legend(loc="lower right")
     roofs = {name: (pd.DataFrame(one["after"]).T, one["peaks"]) for name, one in measured("profile").items()}
     return {
         "compare": compare(result("compare-cornell_excerpt.json")["models"]),
-        "sweep_importance": plots.grouped_bars(importance[["fANOVA", "forest"]], "importance, Adam alone", interval),
+        "sweep_importance": bars,
         "sweep_trials": panels_by_value({name: losses_by_value(trials, name) for name in sweep["spec"]["parameters"]}),
         "speedrun": speedrun(measured("speedrun")),
         "mistakes": mistakes(measured("mistakes")),
