@@ -1,11 +1,13 @@
 """The race treats both models alike, keeps what it has run, and runs nothing twice."""
 
+import itertools
 import json
 
 import pytest
 
 from benchmarks import race
 from helpers.model import parameter_count
+from helpers.run import ROOT
 from helpers.settings import load_profile
 from tests.conftest import CPU, TINY
 
@@ -107,3 +109,32 @@ def test_a_file_of_other_settings_is_refused(short, tmp_path, monkeypatch, capsy
     assert "move it away" in capsys.readouterr().err
     file.unlink()
     assert race.main(["--only", "copy", "--json", str(file), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("transformer-*.json")), ids=lambda file: file.stem)
+def test_notebook_08_says_what_was_measured(file):
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert set(found["tasks"]) == {"copy", "world", "excerpt"}
+    runs: dict[tuple, list[dict]] = {}
+    for run in found["runs"]:
+        if not run["trial"]:
+            runs.setdefault((run["task"], run["model"]), []).append(run)
+    assert set(runs) == set(itertools.product(found["tasks"], race.MODELS))
+    assert {len(own) for own in runs.values()} == {race.SEEDS}
+    for own in runs.values():
+        wanted = found["tasks"][own[0]["task"]]["parameters"]
+        assert all(run["parameters"] == pytest.approx(wanted, rel=0.02) for run in own)
+    for model in race.MODELS:
+        for run in runs["copy", model]:
+            right = run["exact by length"]
+            assert min(right[str(length)] for length in race.COPIED) > 0.95 > 0.1 > right["13"]
+        for run in runs["world", model]:
+            assert run["least"] < run["test"] < 1.5 * run["least"]
+    best = {key: [run["best"] for run in own] for key, own in runs.items()}
+    for task, gap in (("world", 0.02), ("excerpt", 2)):
+        assert min(best[task, "Transformer"]) - max(best[task, "GRU"]) > gap
+    for task in found["tasks"]:
+        slow, fast = (max(run["tokens/s"] for run in runs[task, model]) for model in ("Transformer", "GRU"))
+        assert slow < fast
+    speeds = {(row["model"], row["variant"], row["batch"]): row["p50 ms"] for row in found["latency"]}
+    assert all(ms < speeds["Transformer", *how] for (model, *how), ms in speeds.items() if model == "GRU")
