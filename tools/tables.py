@@ -17,6 +17,7 @@ import torch
 from benchmarks.bench import compared
 from benchmarks.classic import CLASSIC, REPLY, WORDS
 from benchmarks.mistakes import BRIDGED, prices, told
+from benchmarks.race import summary as of_race
 from benchmarks.speedrun import FREQUENCIES, TEXTBOOK, seconds_to
 from helpers.model import new_model
 from helpers.run import ROOT, write_text
@@ -214,6 +215,30 @@ trials that trained to the very same loss count once.
 {device(found["machine"])}."""
 
 
+def transformer() -> str:
+    """GRU and Transformer in each task, on one machine after the other."""
+    header = [
+        "task",
+        "model",
+        "layers, rate, dropout",
+        "parameters",
+        "nats per response",
+        "exact",
+        "seconds",
+        "words/s",
+    ]
+    parts = []
+    for found in measured("transformer").values():
+        rows = [
+            [row["task"], row["model"], f"{row['layers']}, {row['learning rate']:g}, {row['dropout']:g}",
+             f"{row['parameters']:,}", f"{row['nats']:.3f} ± {row['±']:.3f}",
+             f"{row['exact']:.1%}".replace("nan%", "–"), f"{row['seconds']:.0f}", f"{row['tokens/s']:,.0f}"]
+            for row in of_race(found).to_dict("records")
+        ]  # fmt: skip
+        parts.append(f"{table(header, rows)}\n\n{device(found['machine'])}.")
+    return "\n\n".join(parts) or NOTHING
+
+
 def profile() -> str:
     """The parts of a training step, stepwise and whole-sequence."""
     if not (found := measured("profile")):
@@ -404,7 +429,7 @@ def filled(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str
 
 TABLES = {
     function.__name__: function
-    for function in (summary, speedrun, quality, replies, mistakes, sweep, profile, bench, latency, gpu)
+    for function in (summary, speedrun, quality, replies, mistakes, sweep, transformer, profile, bench, latency, gpu)
 }
 
 
