@@ -47,8 +47,10 @@ def check(number: str, answer) -> None:
     try:
         hint = hint_on(*CHECKS[number], tried(answer))
     except NotTriedError:
-        print(f"{number}: not tried yet")
-        return
+        if untouched(answer):
+            print(f"{number}: not tried yet")
+            return
+        hint = "It returns None: is a `return` missing?"
     except Exception as error:  # of the reader's code
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         hint = f"{type(error).__name__}: {reason}"
@@ -61,7 +63,12 @@ def hint_on(kind: str, find: Callable, answer) -> str | None:
         answer = answer.tolist()
     if not isinstance(answer, KINDS[kind]):
         return f"The answer is to be {kind}; this is of type {type(answer).__name__}."
-    return find(answer)
+    try:
+        return find(answer)
+    except KeyError as error:
+        if kind != "a dict":
+            raise
+        return f"An entry is missing: {error}."
 
 
 def tried(answer):
@@ -71,6 +78,18 @@ def tried(answer):
     if any(part is None or part is ... for part in parts) or (several and not answer):
         raise NotTriedError
     return answer
+
+
+def as_it_was(self):
+    """A function of an exercise before it is tried."""
+    ...
+
+
+def untouched(answer) -> bool:
+    """Whether an answer is, or a class's functions are, only a docstring and `...`."""
+    functions = vars(answer).values() if isinstance(answer, type) else [answer]
+    codes = [f.__code__.co_code for f in functions if isinstance(f, types.FunctionType)]
+    return all(len(code) <= len(as_it_was.__code__.co_code) for code in codes)
 
 
 def among(answer, right, mistakes: list[tuple], otherwise: str) -> str | None:
@@ -186,6 +205,8 @@ def unknown_share(answer):
 def dealing(answer):
     units = [unit for unit in range(60) for _ in range(1 + unit % 7)]
     parts = list(tried(answer(units, 0.2, 1)))
+    if len(parts) != len(units):
+        return f"{len(units)} exchanges, so as many parts; yours are {len(parts)}."
     test = {unit for unit, part in zip(units, parts, strict=True) if part == "test"}
     share = parts.count("test") / len(parts)
     if set(parts) - {"train", "test"}:
@@ -226,9 +247,10 @@ def attended(score: type | Callable, size: int = 16):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         module, hidden = score("dot", size), torch.randn(2, 3, size)
-        states = torch.randn(2, 5, size)
+        # Keys other than the states, as `general` has them.
+        states, keys = torch.randn(2, 5, size), torch.randn(2, 5, size)
     pad = torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
-    return module, hidden, Memory(states, states, pad)
+    return module, hidden, Memory(states, keys, pad)
 
 
 @exercise("2.2", "a class")
@@ -239,7 +261,7 @@ def unmasked(answer):
     if not (isinstance(given, tuple) and len(given) == 2):
         return "Two things are to be returned: the context and the weights."
     context, weights = given
-    scores = hidden @ memory.states.transpose(1, 2)
+    scores = hidden @ memory.keys.transpose(1, 2)
     if weights.shape == hidden.shape and context.shape == scores.shape:
         return "Swapped: the context comes first, then the weights."
     if weights.shape != scores.shape:
@@ -250,11 +272,24 @@ def unmasked(answer):
         return "Where there is no padding the weights are NaN: is the mask turned over?"
     if (weights[0, :, 3:] == 0).all():
         return "Padding still has no weight: something still masks it."
-    if not torch.allclose(weights.sum(2), torch.ones(2, 3), atol=1e-4):
-        return "The weights over a query do not sum to 1. Which axis has the softmax?"
-    if not torch.allclose(weights, scores.softmax(2), atol=1e-4):
+
+    def same(one, other):
+        return torch.allclose(one, other, atol=1e-4)
+
+    if not same(weights.sum(2), torch.ones(2, 3)):
+        axis = same(weights.sum(1), torch.ones(2, 5))
+        return "The weights over a query do not sum to 1: " + (
+            "which axis has the softmax?" if axis else "where is the softmax?"
+        )
+    if same(weights, scores.masked_fill(pad.unsqueeze(1), 0.0).softmax(2)):
+        return "Padding's scores are set to 0: leave them as they come."
+    if same(weights, (hidden @ memory.states.transpose(1, 2)).softmax(2)):
+        return "The states are compared; the keys are what is to be compared."
+    if not same(weights, scores.softmax(2)):
         return "The weights are not the softmax of the scores."
-    right = torch.allclose(context, weights @ memory.states, atol=1e-4)
+    if same(context, weights @ memory.keys):
+        return "The keys are for comparing; what is the mean taken of?"
+    right = same(context, weights @ memory.states)
     return None if right else "The context is not the weighted mean of the memory's states."
 
 
@@ -293,7 +328,7 @@ def perplexity(answer):
     loss = statistics.mean(-math.log(chance) for chance in chances)
     mistakes = [
         (loss, "This is the loss in nats. Perplexity is its exponential."),
-        (loss / math.log(2), "This is the loss in bits."),
+        (loss / math.log(2), "This is the loss in bits. Perplexity is 2 to that power."),
         (statistics.mean(1 / chance for chance in chances), "The mean is taken of -ln p."),
         (1 / statistics.mean(chances), "The mean is taken of -ln p, not of p."),
         (math.exp(-loss), "Turned over: a perplexity is never below 1."),
@@ -308,7 +343,10 @@ def perplexity(answer):
 
 @exercise("3.2", "a dict")
 def teacher_forcing(answer):
-    (loss, exact), (other_loss, other_exact) = answer[1.0], answer[0.0]
+    pairs = answer[1.0], answer[0.0]
+    if not all(isinstance(pair, (tuple, list)) for pair in pairs):
+        return "For each ratio both of the numbers that `trained` returns."
+    (loss, exact), (other_loss, other_exact) = pairs
     if (loss, exact) == (other_loss, other_exact):
         return "Twice the same: the ratio did not reach the training."
     if exact > 1 or other_exact > 1 or min(loss, other_loss) < 0.5:
@@ -451,6 +489,8 @@ def trials(answer):
 def breaking_rate(answer):
     rates = sorted(answer)
     losses = [answer[rate] for rate in rates]
+    if any(isinstance(loss, (tuple, list)) for loss in losses):
+        return "`trained` returns two numbers; of them the loss is asked for, the first."
     if rates[-1] > 3:
         return "As {rate: loss}; is it the other way round?"
     if len(rates) < 4 or rates[-1] / rates[0] < 300:
@@ -461,6 +501,16 @@ def breaking_rate(answer):
         return "The highest rate is the best: nothing breaks yet. Go on."
     if losses[0] == min(losses):
         return "The lowest rate is the best: begin lower."
+    return None
+
+
+def extreme(by_chance):
+    """The hint where one value has the three least losses: 2 of 20 ways are as far."""
+    share = by_chance([1.0, 2.0, 3.0, 7.0, 8.0, 9.0], list("aaabbb"), 4000)
+    if share == 0:
+        return "*At least* as far apart: as far as the one seen counts, too."
+    if abs(share - 0.1) > 0.03:
+        return "How many have each value changes: shuffle them, without replacement."
     return None
 
 
@@ -478,6 +528,8 @@ def by_chance(answer):
     right = statistics.mean(abs(d) >= seen - 1e-9 for d in differences)
     one_sided = statistics.mean(d >= seen - 1e-9 for d in differences)
     told = tried(answer(losses, values, 4000))
+    if values != list("abbaabb"):
+        return "It shuffles the very list that it was given: shuffle a copy."
     for value, hint in (
         (right, None),
         (1 - right, "These are the shuffles that set the means *less* far apart."),
@@ -486,7 +538,7 @@ def by_chance(answer):
         (0.0, "No shuffle counts: is the shuffled list what the means are taken of?"),
     ):
         if abs(told - value) < 0.03:
-            return hint
+            return hint or extreme(answer)
     if told > 1:
         return "This is a number of shuffles. What is their share?"
     return f"It gives {told:.2f}; all orders together give another share."
@@ -529,8 +581,8 @@ def optimiser_share(answer):
 
 @exercise("6.3", "a function")
 def self_times(answer):
-    spans = [("step", 0, 10), ("forward", 0, 6), ("gru", 1, 5), ("addmm", 2, 4)]
-    spans += [("backward", 6, 10), ("mm", 7, 9)]
+    spans = [("step", 0, 12), ("forward", 0, 6), ("gru", 1, 4), ("addmm", 2, 3)]
+    spans += [("backward", 6, 12), ("mm", 7, 9)]
     total = {name: end - start for name, start, end in spans}
     children = {"step": ["forward", "backward"], "forward": ["gru"], "gru": ["addmm"]}
     children |= {"backward": ["mm"], "addmm": [], "mm": []}
@@ -546,8 +598,14 @@ def self_times(answer):
         (total, "This is total time: what a span's children do is not its own."),
         (without(below), "Grandchildren are taken away twice: their parent holds them."),
         ({k: v for k, v in right.items() if v}, "A span without time of its own has 0."),
+        (right | {"step": 7}, "One may begin or end when the outer one does."),
     ]
-    told = dict(tried(answer(spans)))
+    ended = sorted(spans, key=lambda span: span[2])  # inner ones first
+    told = tried(answer(ended))
+    if not isinstance(told, dict):
+        return "A dict was asked for: {name: self time}."
+    if told != right and answer(spans) == right:
+        return "Right if the outer ones come first; they come in any order."
     wrong = [name for name in total if told.get(name) != right[name]]
     return among(told, right, mistakes, f"Look again at {wrong}.")
 
@@ -619,6 +677,8 @@ def words_said(answer):
         (last, "This is the last EOS; what follows the first is not said."),
         ([sum(word != 2 for word in row) for row in rows], "It goes on after the EOS."),
     ]  # fmt: skip
+    if [*told[:1], *told[2:]] == [*right[:1], *right[2:]] and told != right:
+        return "A row without EOS: all of its ids are words."
     return among(told, right, mistakes, f"On {rows} it gives {told}.")
 
 
@@ -649,12 +709,12 @@ def without_waves(answer):
     with_waves, without = answer["with"], answer["without"]
     if max(with_waves, without) > 1:
         return "Shares, between 0 and 1."
-    if with_waves == without:
-        return "Twice the same: the zeros did not reach the model, which looks up `waves`."
     if with_waves < without:
         return "Better without? The two are swapped."
     if with_waves < 0.8:
         return "With waves it should copy nearly all: train for 400 updates."
+    if with_waves == without:
+        return "Twice the same: the zeros did not reach the model, which looks up `waves`."
     return None if without < 0.5 else "Too good without: does any place still get waves?"
 
 
@@ -684,5 +744,5 @@ def visible(answer):
     if same(words.unsqueeze(1).expand(2, 5, 5)):
         return "The future can be seen: use the order."
     if same(causal & words.unsqueeze(2)):
-        return "The padding's *rows* are hidden; hide its columns, which others look at."
+        return "The padding's *rows* see nothing, and their softmax is NaN: hide columns."
     return None if same(right) else "Print it for lengths (3, 5) and compare row by row."

@@ -77,6 +77,10 @@ def weighted(weights, memory):
     return weights @ memory.states, weights
 
 
+def padding_0(scores, memory):
+    return scores.masked_fill(memory.padding.unsqueeze(1), 0.0)
+
+
 def zeroed(scores, hidden, memory):
     memory.padding.zero_()
     return weighted(scores.softmax(2), memory)
@@ -149,6 +153,39 @@ def with_the_eos(ids: torch.Tensor, eos: int) -> int:
     return count
 
 
+def returns_nothing(counts, pairs, least):
+    share = statistics.mean(any(counts[word] < least for word in pair[0]) for pair in pairs)  # noqa: F841
+
+
+def drawn_again(losses, values, draws):
+    return chance_of([random.Random(draw).choices(values, k=len(values)) for draw in range(draws)], losses, values)
+
+
+def in_place(losses, values, draws):
+    seen, orders, randomness = [*values], [], random.Random(5)
+    for _ in range(draws):
+        randomness.shuffle(values)
+        orders.append([*values])
+    return chance_of(orders, losses, seen)
+
+
+def chance_of(orders, losses, values):
+    def apart(kinds):
+        sides = [[v for v, k in zip(losses, kinds, strict=True) if k == kind] for kind in "ab"]
+        return abs(statistics.mean(sides[0]) - statistics.mean(sides[1])) if all(sides) else 0.0
+
+    return statistics.mean(apart(kinds) >= apart(values) - 1e-9 for kinds in orders)
+
+
+def outer_first(spans):
+    left = total_times(spans)
+    for place, (_, start, end) in enumerate(spans):
+        outer = [name for name, a, b in spans[:place] if a <= start and end <= b]
+        if outer:
+            left[outer[-1]] -= end - start
+    return left
+
+
 def without_any_eos(ids: torch.Tensor, eos: int) -> int:
     count = 0
     for place in range(ids.size(0)):
@@ -185,7 +222,8 @@ WRONG = [
     ("1.2", unknown(of_words=True), "share of words"), ("1.2", unknown(lambda query, _: query), "queries alone"),
     ("1.2", unknown(lambda _, response: response), "responses alone"), ("1.2", unknown(least=1), "exactly `least`"),
     ("1.2", unknown(known=True), "without an unknown word"),
-    ("1.2", unknown(lambda query, _: query, of_words=True), "by hand"),
+    ("1.2", unknown(lambda query, _: query, of_words=True), "by hand"), ("1.2", returns_nothing, "`return`"),
+    ("1.3", lambda units, *_: dict.fromkeys(units, "train"), "as many parts"),
     ("1.3", by_exchange, "both sides"),
     ("1.3", by_unit(share=0.8), "larger one"), ("1.3", by_unit(seed=0), "same seed"),
     ("1.3", by_unit(seed=7), "does not use it"), ("1.3", by_unit(names=("held out", "train")), "'train' or 'test'"),
@@ -193,7 +231,11 @@ WRONG = [
     ("2.1", [5, 4, 3, 2, 1], "Off by one"), ("2.1", [4, 3, 2, 1], "One column"),
     ("2.1", [4, 3, 2, 0, 1], "Row by row"),
     ("2.2", LuongAttention, "still masks"), ("2.2", attention(zeroed), "`_replace`"),
-    ("2.2", attention(lambda scores, _, memory: weighted(scores.softmax(1), memory)), "Which axis"),
+    ("2.2", attention(lambda scores, _, memory: weighted(scores.softmax(1), memory)), "which axis"),
+    ("2.2", attention(lambda scores, _, memory: weighted(scores, memory)), "where is the softmax"),
+    ("2.2", attention(lambda scores, _, memory: (scores.softmax(2) @ memory.keys, scores.softmax(2))), "mean taken of"),
+    ("2.2", attention(lambda _, hidden, memory: weighted((hidden @ memory.states.mT).softmax(2), memory)), "compared"),
+    ("2.2", attention(lambda scores, _, memory: weighted(padding_0(scores, memory).softmax(2), memory)), "set to 0"),
     ("2.2", attention(lambda scores, _, memory: (memory.states, scores.transpose(1, 2))), "asked were"),
     ("2.2", attention(lambda scores, _, memory: scores.softmax(2)), "Two things"),
     ("2.2", attention(lambda scores, _, memory: weighted(scores.softmax(2), memory)[::-1]), "Swapped"),
@@ -205,7 +247,8 @@ WRONG = [
     ("2.3", scored(lambda dot: dot / 5**0.5), "number of words"),
     ("3.1", 1.386294, "in nats"), ("3.1", 5, "mean is taken of -ln p"), ("3.1", 3.2, "not of p"), ("3.1", 2, "in bits"),
     ("3.2", {1.0: (3.01, 0.10), 0.0: (1.84, 0.18)}, "swapped"),
-    ("3.2", {1.0: (1.8, 0.2), 0.0: (1.8, 0.2)}, "did not reach"),
+    ("3.2", {1.0: (1.8, 0.2), 0.0: (1.8, 0.2)}, "did not reach"), ("3.2", {1.0: 1.8, 0.0: 3.0}, "both of the numbers"),
+    ("3.2", {1.0: (1.8, 0.2)}, "An entry is missing: 0.0"),
     ("3.2", {1.0: (0.18, 1.84), 0.0: (0.10, 3.01)}, "in this order"),
     ("3.3", grouped(keep_old=True), "in two groups"), ("3.3", grouped(lose=True), "in no group"),
     ("3.3", grouped(decay=0.01), "still decays"), ("3.3", grouped(others=0.0), "does not decay any more"),
@@ -221,16 +264,20 @@ WRONG = [
     ("4.3", looked(first=True), "a row of its own"), ("4.3", looked(but="."), "Marks count"),
     ("5.1", 58, "Off by one"), ("5.1", 20, "miss altogether"), ("5.1", 95, "Write down"),
     ("5.2", {1e-4: 4.0, 1e-3: 4.0, 1e-2: 4.0, 1e-1: 4.0}, "did not reach"),
+    ("5.2", {1e-4: (5.5, 0.0), 1e-3: (3.9, 0.0), 1e-2: (2.8, 0.1), 1e-1: (4.2, 0.0)}, "two numbers"),
     ("5.2", {1e-5: 6.0, 1e-4: 5.5, 1e-3: 4.0, 1e-2: 2.8}, "nothing breaks yet"),
     ("5.2", {5.5: 1e-4, 4.0: 1e-3, 2.8: 1e-2, 4.2: 0.1}, "other way round"),
     ("5.3", chance(lambda one, seen: abs(one) < abs(seen) - 1e-9), "*less*"),
     ("5.3", chance(lambda one, seen: one >= seen - 1e-9), "both directions"),
     ("5.3", chance(lambda one, seen: True), "Every shuffle"), ("5.3", chance(lambda one, seen: False), "No shuffle"),
+    ("5.3", chance(lambda one, seen: abs(one) > abs(seen) + 1e-9), "*At least*"),
+    ("5.3", drawn_again, "without replacement"), ("5.3", in_place, "a copy"),
     ("6.1", 64, "two FLOP"), ("6.1", 16, "four bytes"), ("6.1", 128, "H falls out"),
     ("6.2", {"step": 0.0416, "fused": 0.0005, "not fused": 0.0013}, "seconds"),
     ("6.2", {"step": 41.6, "fused": 1.3, "not fused": 0.5}, "swapped"),
     ("6.2", {"step": 41.6, "fused": 0.005, "not fused": 0.01}, "`backward`"),
     ("6.3", total_times, "total time"), ("6.3", without_all_below, "Grandchildren"),
+    ("6.3", outer_first, "any order"), ("6.3", lambda spans: [*total_times(spans)], "A dict"),
     ("7.1", [15, 15], "no loop"), ("7.1", [15, 6], "Swapped"),
     ("7.1", [6, 6], "compiles the loop"), ("7.1", [3, 5], "rounds"),
     ("7.2", {1: 0.5, 8: 0.6, 32: 0.8, 128: 1.04}, "Turned over"), ("7.2", {1: 2.0, 8: 1.6}, "at least 64"),
@@ -240,7 +287,7 @@ WRONG = [
     ("8.1", 1280, "*and*"), ("8.1", 640, "each of two layers"),
     ("8.1", 5120, "embedding_size"), ("8.1", 10240, "Heads"),
     ("8.2", {"with": 0.13, "without": 1.0}, "swapped"), ("8.2", {"with": 1.0, "without": 1.0}, "did not reach"),
-    ("8.2", {"with": 0.3, "without": 0.1}, "400 updates"),
+    ("8.2", {"with": 0.3, "without": 0.1}, "400 updates"), ("8.2", {"with": 0.0, "without": 0.0}, "400 updates"),
     ("8.3", masks(lambda causal, words: causal.T & words), "Transposed"),
     ("8.3", masks(lambda causal, words: causal.tril(-1) & words), "Off by one"),
     ("8.3", masks(lambda causal, words: causal & words.roll(1, 2).logical_or(words)), "places 0 to n - 1"),
@@ -294,7 +341,7 @@ def test_a_cell_that_nobody_filled_in_says_so(answer, capsys):
 
 def test_what_an_answer_raises_is_said_and_ends_nothing(capsys):
     assert said(capsys, "1.2", lambda *_: 1 / 0) == "1.2: not yet. ZeroDivisionError: division by zero"
-    assert said(capsys, "6.2", {1: 2}) == "6.2: not yet. KeyError: 'step'"
+    assert said(capsys, "6.2", {1: 2}) == "6.2: not yet. An entry is missing: 'step'."
     assert said(capsys, "6.2", 3) == "6.2: not yet. The answer is to be a dict; this is of type int."
     assert said(capsys, "2.1", torch.arange(4, -1, -1)) == "2.1: right.", "an array does as well"
     assert said(capsys, "4.1", ["Short", "LONG"]) == "4.1: right.", "capitals do as well"

@@ -88,7 +88,7 @@ def test_a_notebook_is_whole(path):
             assert "/home/" not in text
         assert len(cell.source.splitlines()) <= 25, cell.source
     text = prose(path)
-    for part in ("**Time**", "**Needs**"):
+    for part in ("**Time to run**", "**Needs**"):
         assert part in text
     for part in ("**You will learn**", "## Summary", "## Exercises"):
         assert part in text or path == SOLUTIONS
