@@ -109,7 +109,13 @@ def talking(source: str | Path, settings: Settings) -> Task:
         behind = world.known(data.vocabulary.tokenise) if data.corpus["name"] == "sample" else {}
         costs = [-math.log(behind[pair][1].chance) for pair in references if behind]
         least = sum(costs) / len(costs) if costs else None  # of movies nobody knows it
-        return {"test": evaluate(model, test).per_response, "exact": exact, "least": least}
+        kinds, facts = world.World().grammar["facts"], dict[str, list[bool]]()
+        # Of each kind of question, whether every answer was the corpus's.
+        for pair, reply in zip(references, replies, strict=True) if behind else ():
+            if (kind := behind[pair][0].meaning) in kinds:
+                facts.setdefault(kind, []).append(reply == pair[1].split())
+        shares = {kind: sum(right) / len(right) for kind, right in sorted(facts.items())}
+        return {"test": evaluate(model, test).per_response, "exact": exact, "least": least, "facts": shares}
 
     return Task(data, parameter_count(new_model(settings, len(data.vocabulary))), on_test)
 
@@ -200,8 +206,8 @@ def waiting(models: dict[str, Seq2Seq], data: Prepared, device: torch.device, re
 
 
 def summary(found: dict) -> pd.DataFrame:
-    """A row per task and model: what was chosen, nats per response at the end and after equal seconds (as many as the
-    faster one's races took), each the mean of the seeds with its spread, and the speed of training."""
+    """A row per task and model: what was chosen, the lowest validation loss, in nats per response, of a whole race and
+    of as many seconds as the fastest one took, each the mean of the seeds with its spread, and training's speed."""
     rows = []
     for name in dict.fromkeys(run["task"] for run in found["runs"] if not run["trial"]):
         races = [run for run in found["runs"] if run["task"] == name and not run["trial"]]

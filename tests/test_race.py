@@ -130,6 +130,8 @@ def test_notebook_08_says_what_was_measured(file):
             assert min(right[str(length)] for length in race.COPIED) > 0.95 > 0.1 > right["13"]
         for run in runs["world", model]:
             assert run["least"] < run["test"] < 1.5 * run["least"]
+            share = run["facts"]["colour"]
+            assert share > 0.9 if model == "GRU" else 0.4 < share < 0.6  # one of two colours, by guess
     best = {key: [run["best"] for run in own] for key, own in runs.items()}
     for task, gap in (("world", 0.02), ("excerpt", 2)):
         assert min(best[task, "Transformer"]) - max(best[task, "GRU"]) > gap
