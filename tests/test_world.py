@@ -42,6 +42,15 @@ def test_scenes_have_two_to_ten_lines(corpus):
     assert len(corpus.exchanges) >= world.EXCHANGES
 
 
+def test_robin_never_speaks_to_itself():
+    """Who says a line is no matter of its text: a meaning that both may come to must sound right from both."""
+    lines = itertools.chain.from_iterable(scene[1::2] for movie in world.scenes(5000) for scene in movie)
+    assert {line.text for line in lines if "Robin" in line.text} == {
+        "My name is Robin.",
+        "I am Robin, a small machine.",
+    }
+
+
 def test_a_word_is_of_one_kind_alone(grammar):
     """Else a slot would have fewer fillers than its probability says."""
     words = [word for kind in grammar.fillers.values() for word in kind]
