@@ -10,6 +10,7 @@ from benchmarks import world
 from benchmarks.replies import replies_of
 from helpers.batches import Prepared
 from helpers.chat import Chatbot
+from helpers.corpus import read_corpus
 from helpers.decoding import greedy
 from helpers.evaluation import evaluate
 from helpers.run import ROOT, Run
@@ -65,6 +66,8 @@ def test_the_bot_says_what_readme_shows():
     bot = Chatbot.load(RUN, torch.device("cpu"))
     shown = re.findall(r"^you  (.+)\nbot  (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(shown) >= 3
+    known = {exchange.query for exchange in read_corpus("sample").exchanges}
     for said, reply in shown:
+        assert said not in known
         now = bot.reply(said).text
         assert now == reply or ("word" in reply and "word" in now)  # an unknown word is told of in several ways

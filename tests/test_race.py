@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import statistics
 
 import pytest
 
@@ -138,5 +139,14 @@ def test_notebook_08_says_what_was_measured(file):
     for task in found["tasks"]:
         slow, fast = (max(run["tokens/s"] for run in runs[task, model]) for model in ("Transformer", "GRU"))
         assert slow < fast
+    for task, layers in itertools.product(("world", "excerpt"), race.LAYERS):  # of equal depth, about equally fast
+        slow, fast = (
+            statistics.median(run["tokens/s"] for run in found["runs"] if run["trial"]
+                              and (run["task"], run["model"], run["layers"]) == (task, model, layers))
+            for model in ("Transformer", "GRU")
+        )  # fmt: skip
+        assert slow == pytest.approx(fast, rel=0.1)
+    messages = [run["facts"]["message"] for run in runs["world", "GRU"]]
+    assert [share > 0.9 for share in sorted(messages)] == [False, True, True]
     speeds = {(row["model"], row["variant"], row["batch"]): row["p50 ms"] for row in found["latency"]}
     assert all(ms < speeds["Transformer", *how] for (model, *how), ms in speeds.items() if model == "GRU")

@@ -227,7 +227,7 @@ def transformer() -> str:
         "nats per response",
         "exact",
         "seconds",
-        "words/s",
+        "tokens/s",
     ]
     parts = []
     for found in measured("transformer").values():
