@@ -5,7 +5,8 @@
 Every program reads the same files, Cornell's two without the conversations of held-out movies, and is held to the same
 short exchanges of the test's movies, all of whose words each of them knows. The clock starts with the process: imports,
 preparation, training and our own validations count; the tutorial's program, which has none, is measured off the clock.
-The recipes take turns, one process at a time. What is in the file already is not run again.
+The recipes take turns, one process at a time; one that has found nothing better for a while is stopped. What is in the
+file already is not run again.
 """
 
 import argparse
@@ -18,34 +19,35 @@ import random
 import sys
 import tempfile
 import time
-import unittest.mock
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from benchmarks import textbook
 from benchmarks.bench import process, seed
 from benchmarks.results import result_path
-from helpers.batches import Pairs, prepare, split
+from helpers.batches import BucketedSampler, Pairs, prepare, split
 from helpers.corpus import CONVERSATIONS, LINES, SEPARATOR, read_corpus
+from helpers.model import Seq2Seq
 from helpers.run import Run, choose_device, display_path, machine, write_json
 from helpers.settings import DATA_SETTINGS, Settings, UserError, command_line, load_profile
-from helpers.training import fit
+from helpers.training import fit, new_optimizer
 
 SHORT = 9  # words at most, on both sides: what the tutorial's program reads
 SEEDS = 3
-LIMIT = 300  # seconds that a program may take
+LIMIT, PATIENCE = 500, 100  # seconds that a program may take, and without anything better
 CORNELL = (LINES, CONVERSATIONS)
 TEXTBOOK, FREQUENCIES = "the textbook's program", "+ begin with the words' frequencies"
-# Ours, each with what it changes in the one before it, from the profile `classic` to `quick`. The frequencies are a
-# change of code, which the recipes before it go without.
+QUICK = "+ dropout, some queries silent: profile quick"
+# Ours, each with what it changes in the one before it, from the profile `classic` to `quick` and `cornell`. The
+# frequencies are a change of code, which the recipes before it go without.
 RECIPES: dict[str, dict] = {
-    "whole sequences, masked, one optimiser": {},
-    "+ one layer, smaller, tied weights": {
+    "whole sequences, masked, one optimiser": {"precision": "fp32"},
+    "+ one layer, smaller, tied weights; long and rare lines, openers": {
         "embedding_size": 256, "hidden_size": 384, "layers": 1, "attention": "general", "tie_weights": True,
-    },
-    "+ long and rare lines, openers": {
         "max_query_words": 20, "max_response_words": 30, "long_queries": "cut", "rare_words": "unknown",
         "openers": True,
     },
@@ -54,20 +56,80 @@ RECIPES: dict[str, dict] = {
         "clip": 0.25, "updates": 800, "validate_every": 100,
     },
     FREQUENCIES: {},
-    "+ dropout, some queries silent": {"dropout": 0.2, "query_dropout": 0.1},
+    "+ bf16 where it is faster": {"precision": "auto"},
+    QUICK: {"dropout": 0.2, "query_dropout": 0.1},
+    "+ larger, more updates, more dropout: profile cornell": {
+        "embedding_size": 384, "hidden_size": 512, "updates": 2400, "dropout": 0.4, "validate_every": 200,
+    },
 }  # fmt: skip
-PROGRAMS = [TEXTBOOK, *RECIPES]
+
+
+def other_betas(model: Seq2Seq, settings: Settings) -> torch.optim.Optimizer:
+    """Our optimiser with a β₂ of 0.98: what is a gradient's usual size is told by fewer updates."""
+    optimizer = new_optimizer(model, settings)
+    for group in optimizer.param_groups:
+        group["betas"] = (0.9, 0.98)
+    return optimizer
+
+
+class WithMuon(torch.optim.AdamW):
+    """Muon for the matrices of encoder, attention and decoder, with steps as long as Adam's (arXiv:2502.16982), and
+    AdamW for embeddings, output and biases."""
+
+    def __init__(self, model: Seq2Seq, settings: Settings) -> None:
+        inside = [one for name, one in model.named_parameters() if not name.startswith(("embedding.", "output."))]
+        matrices = [one for one in inside if one.dim() == 2]
+        others = [one for one in model.parameters() if not any(one is matrix for matrix in matrices)]
+        super().__init__([{"params": others, "ratio": 1.0}], weight_decay=settings.weight_decay, fused=True)
+        self.muon = torch.optim.Muon(matrices, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure=None):
+        for matrix in self.muon.param_groups[0]["params"]:
+            matrix.grad /= self.grad_scale  # clipped, as the fused optimiser does by itself
+        super().step(closure)
+        self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self.muon.step()
+
+
+class GrowingBatches(BucketedSampler):
+    """Batches of half the size, then of the whole, then of one and a half, each for a third of the profile's updates:
+    as many examples in as many updates."""
+
+    def __init__(self, pairs: Pairs, batch_size: int, seed: int) -> None:
+        super().__init__(pairs, batch_size, seed)
+        self.parts = [BucketedSampler(pairs, batch_size * halves // 2, seed + halves) for halves in (1, 2, 3)]
+
+    def from_update(self, update: int) -> Iterator[torch.Tensor]:
+        for part in self.parts:
+            yield from itertools.islice(part.from_update(0), load_profile("quick").updates // 3 + 1)
+
+
+# What else was tried, each as one change of QUICK: of settings, or of a part of helpers/training.py.
+OTHERS: dict[str, dict] = {
+    "an average of the weights, 0.99": {"average": 0.99},
+    "AdamW, weight decay 0.01": {"optimizer": "adamw", "weight_decay": 0.01},
+    "β₂ 0.98": {},
+    "Muon for the matrices": {},
+    "batches that grow": {},
+}
+CODE = {
+    "β₂ 0.98": ("new_optimizer", other_betas), "Muon for the matrices": ("new_optimizer", WithMuon),
+    "batches that grow": ("BucketedSampler", GrowingBatches),
+}  # fmt: skip
+PROGRAMS = [TEXTBOOK, *RECIPES, *OTHERS]
 Point = tuple[float, int, float]  # seconds since the start, update, nats per response
 Texts = list[tuple[str, str]]
 
 
 def settings_of(recipe: str, number: int) -> Settings:
-    """The settings of one of RECIPES, with all changes up to it, for a seed. Nothing is held out of what it reads."""
+    """The settings of one of RECIPES, with all changes up to it, or of OTHERS, for a seed. Nothing is held out of
+    what it reads."""
     changes: dict = {"validate_every": 50}
     for name, more in RECIPES.items():
         changes |= more
-        if name == recipe:
+        if name == (QUICK if recipe in OTHERS else recipe):
             break
+    changes |= OTHERS.get(recipe, {})
     return load_profile("classic").change(**changes | {"held_out_share": 0, "seed": number})
 
 
@@ -113,6 +175,12 @@ def known_to_all(exchanges: Texts, folder: Path) -> Texts:
     return [pair for pair in exchanges if all(map(known, pair))]
 
 
+def exhausted(points: list[Point], seconds: float) -> bool:
+    """Whether a program has had its time, or has found nothing better for a while."""
+    best = min(points, key=lambda point: point[2])[0] if points else seconds
+    return seconds > LIMIT or seconds - best > PATIENCE
+
+
 def by_textbook(folder: Path, held_out: Texts, number: int, device: torch.device, started: float) -> list[Point]:
     """The curve of the tutorial's program; `started` is a moment of time.time."""
     seed(number)
@@ -121,7 +189,7 @@ def by_textbook(folder: Path, held_out: Texts, number: int, device: torch.device
     tokens = sum(len(response.split(" ")) + 1 for _, response in texts)
     batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     trainer, points, update = textbook.StepwiseTrainer(ids, device), [], 0
-    while not points or points[-1][0] < LIMIT:
+    while not points or not exhausted(points, points[-1][0]):
         for _ in range(25):
             trainer.train([random.choice(pairs) for _ in range(64)])
         update, paused = update + 25, time.time()
@@ -142,13 +210,16 @@ def by_recipe(folder: Path, held_out: Texts, recipe: str, number: int, device: t
     def take_note(row: dict) -> None:
         if "validation_loss" in row:
             points.append((time.time() - started, row["update"], row["validation_loss"] * per_response))
-        if time.time() - started > LIMIT:
+        if exhausted(points, time.time() - started):
             raise TimeoutError
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(TimeoutError))
         if recipe in itertools.takewhile(lambda name: name != FREQUENCIES, RECIPES):
-            stack.enter_context(unittest.mock.patch("helpers.training.begin_with_frequencies"))
+            stack.enter_context(patch("helpers.training.begin_with_frequencies"))
+        if recipe in CODE:
+            name, instead = CODE[recipe]
+            stack.enter_context(patch(f"helpers.training.{name}", instead))
         run = Run(stack.enter_context(tempfile.TemporaryDirectory()))
         fit(run, data, settings, device, take_note, progress_bar=False)
     return points
@@ -171,8 +242,9 @@ def measure(source: Path, file: Path, device: torch.device, recipes: list[str], 
         held_out = known_to_all(part_in_two(source, Path(folder)), Path(folder))
         if not held_out:
             raise UserError(f"{source} holds no short exchange of held-out movies whose words are all known.")
-        facts = {"corpus": read_corpus(source).digest, "exchanges": len(held_out), "recipes": RECIPES, "limit": LIMIT}
-        if found["runs"] and any(found[name] != value for name, value in facts.items()):
+        facts = {"corpus": read_corpus(source).digest, "exchanges": len(held_out), "recipes": RECIPES, "others": OTHERS}
+        facts |= {"limit": LIMIT, "patience": PATIENCE}
+        if found["runs"] and any(found.get(name) != value for name, value in facts.items()):
             raise UserError(f"{display_path(file)} is of another corpus or of other recipes: move it away first.")
         found |= facts | {"machine": machine(device)}
         there = [(run["recipe"], run["seed"]) for run in found["runs"]]

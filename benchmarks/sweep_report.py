@@ -27,8 +27,9 @@ from helpers.evaluation import evaluate
 from helpers.importance import importance, shares_of
 from helpers.model import new_model
 from helpers.run import Run, choose_device, machine, write_json, write_text
-from helpers.settings import Settings, command_line
+from helpers.settings import Settings, command_line, parse_changes
 from helpers.sweep import LOSS, best_settings, open_study, space_of, train_trial, trial_settings, trial_table
+from helpers.training import fit
 
 
 def losses_by_value(table: pd.DataFrame, parameter: str) -> dict[str, pd.Series]:
@@ -69,6 +70,13 @@ def seeds_table(
         loss = train_trial(folder, prepared, settings.change(seed=seed), device, lambda row: None)
         rows.append({"settings": name, "seed": seed, "updates": settings.updates, LOSS: loss})
     return pd.DataFrame(rows)
+
+
+def on_held_out(run: Run, prepared: Prepared, settings: Settings, device: torch.device) -> dict[str, float]:
+    """The loss of settings on validation, which picked them, and on test, which nothing was picked by."""
+    folder = Run(run.sweep / "seeds" / "held-out")
+    model = fit(folder, prepared, settings, device, resume=False, progress_bar=False)
+    return {name: evaluate(model, prepared.splits[name].to(device)).per_token for name in ("validation", "test")}
 
 
 def importance_intervals(table: pd.DataFrame, spec: dict, draws: int) -> pd.DataFrame:
@@ -113,17 +121,20 @@ def _between(*groups, axis=-1):
     return sum(group.shape[axis] * group.mean(axis=axis) ** 2 for group in groups)
 
 
-def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torch.device) -> None:
+def report(study: optuna.Study, run: Run, target: Path, seeds: int, but: dict, device: torch.device) -> None:
     """Write what a sweep showed: all trials to TARGET.csv, and to TARGET.json the rest.
 
     That is importance by all measures, for all trials and for those of the best trial's optimiser, where trials that
     ended at the very same loss (a clip that never acted leaves such copies) count once; what clip=0 taken literally
-    would have made of it; and the best settings against the starting point at equal updates.
+    would have made of it; the best settings against the starting point and against themselves with each value of `but`
+    in its turn, at equal budgets; and once on held-out data.
     """
     table, spec, base = trial_table(study), study.user_attrs["spec"], Settings(**study.user_attrs["base"])
     prepared = Prepared.load(run.sweep / study.study_name / "data.pt")
     fixed = {name: given["value"] for name, given in spec["parameters"].items() if "value" in given}
     choices = {"starting point": trial_settings(base, fixed), "best of the sweep": best_settings(study)}
+    for name, value in but.items():
+        choices[f"best, but {name} {value}"] = trial_settings(base, study.best_trial.params | {name: value})
     validation = prepared.splits["validation"].to(device)
     untrained = evaluate(new_model(base, len(prepared.vocabulary)).to(device), validation).per_token
     kind = study.best_trial.params.get("optimizer")
@@ -140,6 +151,7 @@ def report(study: optuna.Study, run: Run, target: Path, seeds: int, device: torc
         "effects": {name: _records(effects(part, list(spec["parameters"]))) for name, part in parts.items()},
         "untrained loss": untrained,
         "seeds": _records(seeds_table(run, prepared, choices, seeds, device)),
+        "held out": on_held_out(run, prepared, choices["best of the sweep"], device),
         "machine": machine(device),
     }  # fmt: skip
     if "clip" in table and (table["clip"] == 0).any():
@@ -178,10 +190,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, required=True, metavar="PATH", help="write PATH.json and PATH.csv")
     parser.add_argument("--storage", default="", help="a database's URL, if it is not in the run's folder")
     parser.add_argument("--seeds", type=int, default=3, help="of the comparison with the starting point")
+    parser.add_argument(
+        "--but", nargs="+", default=[], metavar="NAME=VALUE", help="values in the place of the best ones, in turn"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args(arguments)
     study = open_study(Run(options.run), options.sweep, options.storage)
-    report(study, Run(options.run), options.results, options.seeds, choose_device(options.device))
+    but = parse_changes(options.but)
+    report(study, Run(options.run), options.results, options.seeds, but, choose_device(options.device))
 
 
 if __name__ == "__main__":

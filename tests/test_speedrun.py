@@ -1,12 +1,17 @@
 """Both programs of the speedrun read the same files, are held to the same exchanges, and are run once each."""
 
+import itertools
 import json
+import statistics
 import zipfile
+from collections import defaultdict
 
 import pytest
 
 from benchmarks import speedrun
 from helpers.corpus import CONVERSATIONS, LINES, read_corpus
+from helpers.model import new_model
+from helpers.run import ROOT
 from helpers.settings import UserError, load_profile
 from tests.conftest import CPU
 
@@ -18,9 +23,11 @@ SMALL = {
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two recipes of a moment: the second begins with the words' frequencies, the first does not."""
+    """Recipes of a moment: the second begins with the words' frequencies, the first does not."""
     monkeypatch.setattr(speedrun, "SHORT", 20)
-    monkeypatch.setattr(speedrun, "RECIPES", {"first": SMALL, speedrun.FREQUENCIES: {}})
+    monkeypatch.setattr(
+        speedrun, "RECIPES", {"first": SMALL, speedrun.FREQUENCIES: {}, speedrun.QUICK: {"learning_rate": 0.01}}
+    )
 
 
 @pytest.fixture
@@ -28,9 +35,9 @@ def parted(corpus_folder, tmp_path):
     return speedrun.part_in_two(corpus_folder, tmp_path), tmp_path
 
 
-def test_the_last_recipe_is_the_profile_quick():
-    last = speedrun.settings_of(list(speedrun.RECIPES)[-1], 1)
-    assert last == load_profile("quick").change(held_out_share=0)
+def test_the_changes_lead_to_the_profiles():
+    for recipe, profile in ((speedrun.QUICK, "quick"), (list(speedrun.RECIPES)[-1], "cornell")):
+        assert speedrun.settings_of(recipe, 1) == load_profile(profile).change(held_out_share=0)
     assert speedrun.FREQUENCIES in speedrun.RECIPES
 
 
@@ -96,13 +103,81 @@ def test_each_program_is_run_once_a_seed_and_what_is_there_is_kept(small, corpus
 
 def test_the_textbook_is_held_to_the_same_exchanges(small, parted, monkeypatch):
     held_out, folder = parted
-    monkeypatch.setattr(speedrun, "LIMIT", 0.01)
+    monkeypatch.setattr(speedrun, "PATIENCE", -1)
     (point,) = speedrun.by_textbook(folder, speedrun.known_to_all(held_out, folder), 1, CPU, speedrun.time.time())
     assert point[1] == 25
     assert 0 < point[2] < 100
+
+
+def test_a_program_is_stopped_when_it_finds_nothing_better():
+    points = [(10.0, 1, 20.0), (20.0, 2, 18.0), (90.0, 3, 19.0)]
+    assert not speedrun.exhausted(points, 20 + speedrun.PATIENCE)
+    assert speedrun.exhausted(points, 21 + speedrun.PATIENCE)
+    assert not speedrun.exhausted([], speedrun.LIMIT)
+    assert speedrun.exhausted([(speedrun.LIMIT, 1, 1.0)], speedrun.LIMIT + 1)
+
+
+def test_what_else_was_tried_is_another_training(small, parted):
+    held_out, folder = parted
+    recipes = [speedrun.QUICK, *speedrun.OTHERS]
+    curves = [speedrun.by_recipe(folder, held_out, one, 1, CPU, speedrun.time.time()) for one in recipes]
+    ends = [curve[-1][2] for curve in curves]
+    assert len(set(ends)) == len(recipes)
+    assert all(0 < end < 100 for end in ends)
+
+
+def test_muon_moves_the_matrices_inside_and_adam_the_rest(prepared):
+    model = new_model(prepared.settings, len(prepared.vocabulary))
+    optimizer = speedrun.WithMuon(model, prepared.settings)
+    by_muon = {id(one) for one in optimizer.muon.param_groups[0]["params"]}
+    by_adam = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    assert by_muon | by_adam == {id(one) for one in model.parameters()}
+    assert not by_muon & by_adam
+    names = {name for name, one in model.named_parameters() if id(one) in by_muon}
+    assert {"encoder.layers.0.along.weight_hh_l0", "decoder.combine.weight"} <= names
+    assert not names & {"embedding.weight", "output.weight"}
+
+
+def test_growing_batches_show_as_many_examples(prepared):
+    updates, pairs = load_profile("quick").updates, prepared.splits["train"]
+    sizes = [len(rows) for rows in itertools.islice(speedrun.GrowingBatches(pairs, 8, 1).from_update(0), updates)]
+    assert set(sizes) == {4, 8, 12}
+    assert sizes == sorted(sizes)
+    assert abs(sum(sizes) - 8 * updates) < 8
 
 
 def test_seconds_to_a_loss_are_those_of_the_first_crossing():
     points = [(10.0, 1, 20.0), (20.0, 2, 18.0), (30.0, 3, 19.0), (40.0, 4, 17.0)]
     assert [speedrun.seconds_to(points, nats) for nats in (21, 18.5, 17.0)] == [10, 20, 40]
     assert speedrun.seconds_to(points, 16) == float("inf")
+
+
+RECORDS = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("speedrun-*.json"))]
+
+
+@pytest.mark.parametrize("found", RECORDS, ids=lambda found: found["machine"]["processor"])
+def test_what_the_pages_say_follows_from_the_record(found):
+    curves = defaultdict(list)
+    for run in found["runs"]:
+        curves[run["recipe"]].append(run["curve"])
+    assert {name: found[name] for name in ("recipes", "others")} == {
+        "recipes": speedrun.RECIPES,
+        "others": speedrun.OTHERS,
+    }
+    assert set(curves) == set(speedrun.PROGRAMS)
+    best = {name: statistics.median(min(nats for *_, nats in curve) for curve in some) for name, some in curves.items()}
+    classic = best[speedrun.TEXTBOOK]
+
+    def seconds(name: str, nats: float) -> float:
+        return statistics.median(speedrun.seconds_to(curve, nats) for curve in curves[name])
+
+    cornell = list(speedrun.RECIPES)[-1]
+    assert seconds(speedrun.QUICK, classic) < seconds(speedrun.TEXTBOOK, classic) / 5
+    assert curves[speedrun.QUICK][0][-1][0] < 120  # two minutes, README says
+    assert max(curve[-1][0] for curve in curves[cornell]) < 600  # ten
+    assert best[cornell] < best[speedrun.QUICK] < classic - 1
+    before = list(speedrun.RECIPES)[list(speedrun.RECIPES).index(speedrun.FREQUENCIES) - 1]
+    assert best[before] > classic + 1  # a fall: at the rate of the others, without the frequencies
+    for name in (speedrun.FREQUENCIES, speedrun.QUICK, cornell):  # what begins with the frequencies never falls
+        for curve in curves[name]:
+            assert max(nats for _, update, nats in curve if update >= 200) < classic + 1

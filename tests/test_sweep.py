@@ -6,6 +6,7 @@ import sys
 import time
 
 import optuna
+import pandas as pd
 import pytest
 import sqlalchemy
 import yaml
@@ -18,6 +19,7 @@ from helpers.__main__ import main as helpers_main
 from helpers.run import ROOT, Run
 from helpers.settings import Settings, UserError, load_profile
 from helpers.sweep import (
+    LOSS,
     best_settings,
     join_sweep,
     open_study,
@@ -370,11 +372,17 @@ def test_the_best_settings_become_a_profile_and_a_report(tmp_path, prepared, cap
     assert load_profile(profile) == BASE.change(**study.best_trial.params)
     assert profile in capsys.readouterr().out
     arguments = ["--run", str(run.folder), "--results", str(target), "--seeds", "1", "--device", "cpu"]
+    arguments += ["--but", "optimizer=sgd", "batch_size=32"]
     assert sweep_report.main([study.study_name, *arguments]) == 0
     told = json.loads(target.with_suffix(".json").read_text())
     assert told["states"] == {"complete": 20}
     assert list(told["importance"]) == ["all trials"]  # the ten of one optimiser are copies of two: no clip acted
-    assert {row["settings"] for row in told["seeds"]} == {"starting point", "best of the sweep"}
+    names = ["starting point", "best of the sweep", "best, but optimizer sgd", "best, but batch_size 32"]
+    updates = {row["settings"]: row["updates"] for row in told["seeds"]}
+    assert list(updates) == names
+    assert updates[names[3]] == updates[names[1]] * BASE.batch_size / 32  # as many examples
+    assert abs(told["held out"]["validation"] - study.best_value) < 1e-6  # the best trial's own training
+    assert 0 < told["held out"]["test"] < 10
     assert len(target.with_suffix(".csv").read_text().splitlines()) == 21
     assert Settings(**told["starting point"]) == BASE
 
@@ -426,3 +434,23 @@ def test_a_password_is_not_shown(tmp_path, url):
     with pytest.raises(UserError, match="cannot be opened") as error:
         open_study(Run(tmp_path), "a", url)
     assert "secret" not in str(error.value)
+
+
+def test_what_the_pages_say_of_the_recipes_sweep_follows_from_its_files():
+    results = ROOT / "results"
+    found = json.loads((results / "sweep-recipe.json").read_text())
+    assert found["spec"] == read_sweep(ROOT / "notebooks" / "sweep_recipe.yaml")
+    trials = pd.read_csv(results / "sweep-recipe.csv").nsmallest(12, LOSS)
+    old = json.loads((results / "sweep-excerpt.json").read_text())
+    highest = max(old["spec"]["parameters"]["learning_rate"]["values"])
+    assert old["best"]["learning_rate"] == highest
+    assert 2 * highest <= trials["learning_rate"].min() < trials["learning_rate"].max() < 8 * highest
+    assert 5 * highest < found["best"]["learning_rate"] < 6 * highest
+    seeds = pd.DataFrame(found["seeds"]).groupby("settings")[LOSS]
+    assert (seeds.count() == 3).all()
+    worth = seeds.mean() - seeds.mean()["best of the sweep"]
+    assert 0.35 < worth["starting point"] < 0.45
+    assert abs(worth["best, but average 0.0"]) < 0.01
+    assert worth["best, but batch_size 64"] < 0.03
+    assert 0.08 < worth["best, but schedule constant"] < 0.12
+    assert worth["best, but optimizer adam"] > 0.9

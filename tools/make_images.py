@@ -4,6 +4,7 @@ python -m tools.make_images --run runs/sample    # without --run, only what is d
 """
 
 import argparse
+import statistics
 import sys
 import textwrap
 from pathlib import Path
@@ -21,7 +22,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from benchmarks.bench import compared
 from benchmarks.mistakes import overview, prices
 from benchmarks.results import latency_figure, roofline
-from benchmarks.speedrun import TEXTBOOK
+from benchmarks.speedrun import QUICK, TEXTBOOK
 from benchmarks.sweep_report import losses_by_value, panels_by_value
 from helpers import plots
 from helpers.chat import Chatbot, Reply
@@ -243,23 +244,27 @@ def compare(models: dict[str, dict]) -> plt.Figure:
     return figure
 
 
-def speedrun(machines: dict[str, dict]) -> plt.Figure:
-    """A panel per machine: nats per response against seconds since the start, a curve per recipe, the first seed's; the
-    dashed line is the best of the classic tutorial's program."""
+def speedrun(machines: dict[str, dict], steps: bool = False) -> plt.Figure:
+    """A panel per machine: nats per response against seconds since the start. The classic tutorial's program and two
+    profiles of ours, a curve per seed, or with `steps` the first seed's of each recipe on the way; the dashed line is
+    the best of the classic tutorial's program."""
     figure, panels = plt.subplots(len(machines), 1, figsize=(7, 4.2 * len(machines)), squeeze=False)
     for axes, (name, found) in zip(panels[:, 0], machines.items(), strict=True):
-        order = [TEXTBOOK, *found["recipes"]]
-        first = [run for run in found["runs"] if run["seed"] == 1]
-        for run in sorted(first, key=lambda run: order.index(run["recipe"])):
-            after, _, nats = zip(*run["curve"], strict=True)
-            textbook = run["recipe"] == TEXTBOOK
-            axes.plot(
-                after, nats, "o-", markersize=3, color=plots.RED if textbook else None, label=renamed(run["recipe"])
-            )
-            if textbook:
-                axes.axhline(min(nats), color=plots.RED, linestyle="--", linewidth=1)
+        shown = [TEXTBOOK, *found["recipes"]] if steps else [TEXTBOOK, QUICK, list(found["recipes"])[-1]]
+        in_turn = colormaps["viridis"](np.linspace(0.85, 0.1, len(shown) - 1))  # the later a change, the darker
+        colours = in_turn if steps else [plots.BLUE, plots.ORANGE]
+        for recipe, colour in zip(shown, [plots.RED, *colours], strict=True):
+            curves = [run["curve"] for run in found["runs"] if run["recipe"] == recipe][: 1 if steps else None]
+            for number, curve in enumerate(curves):
+                after, _, nats = zip(*curve, strict=True)
+                label = renamed(recipe) if steps else renamed(recipe).rpartition(": ")[2]
+                style = {"marker": "o", "markersize": 3} if steps else {"alpha": 0.8}
+                axes.plot(after, nats, color=colour, label="_" * (number > 0) + label, **style)
+            if recipe == TEXTBOOK:
+                best = statistics.median(min(nats for *_, nats in curve) for curve in curves)
+                axes.axhline(best, color=plots.RED, linestyle="--", linewidth=1)
         axes.set(xlabel="seconds since the start of the process", ylabel="nats per response", title=name)
-        axes.set_ylim(top=32)
+        axes.set_ylim(top=32 if steps else 26)
         axes.legend(fontsize=10)
     return figure
 
@@ -324,6 +329,7 @@ def from_results() -> dict[str, plt.Figure]:
         "sweep_importance": bars,
         "sweep_trials": panels_by_value({name: losses_by_value(trials, name) for name in sweep["spec"]["parameters"]}),
         "speedrun": speedrun(measured("speedrun")),
+        "speedrun_steps": speedrun(measured("speedrun"), steps=True),
         "mistakes": mistakes(measured("mistakes")),
         "mistakes_riddle": whose_curve(next(iter(measured("mistakes").values()))),
         "profile": before_and_after(measured("profile")),

@@ -361,7 +361,7 @@ def show_help() -> None:
     for name, target in TARGETS.items():
         print(f"  make {name:<13} {target.__doc__}")
     print("""
-  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=auto|sample|own|quick|cornell|classic|FILE  DEVICE=auto|cpu|cuda
+  CORPUS=sample|cornell|PATH  RUN=name  PROFILE=auto|sample|own|quick|cornell|full|classic|FILE  DEVICE=auto|cpu|cuda
   PARAMS="-p name value" reaches the notebooks; FRESH=1 starts a run over and keeps its checkpoint under another name;
   PYTHON=python3.12 makes the environment with that; PYTHON=python3 VENV= uses that interpreter as it is.""")
 

@@ -12,15 +12,17 @@ import statistics
 import textwrap
 from collections.abc import Callable
 
+import pandas as pd
 import torch
 
 from benchmarks.bench import compared
 from benchmarks.classic import CLASSIC, REPLY, WORDS
 from benchmarks.mistakes import BRIDGED, prices, told
 from benchmarks.race import summary as of_race
-from benchmarks.speedrun import FREQUENCIES, TEXTBOOK, seconds_to
+from benchmarks.speedrun import QUICK, TEXTBOOK, seconds_to
 from helpers.model import new_model
 from helpers.run import ROOT, write_text
+from helpers.sweep import LOSS
 
 PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "mistakes.md"})]
 NOTHING = "Not measured yet: see `make help`."
@@ -76,11 +78,12 @@ def summary() -> str:
         ["the commonest of 500 replies", f"{same[0]} (greedy)", f"{same[1]} (*mmi*); {same[2]} (greedy)"],
     ]
     for name, one in measured("speedrun").items():
-        curves = [run["curve"] for recipe in (TEXTBOOK, FREQUENCIES) for run in one["runs"]
-                  if (run["recipe"], run["seed"]) == (recipe, 1)]  # fmt: skip
-        best = min(nats for *_, nats in curves[0])
-        after = [f"{seconds_to(curve, best):.0f} s" for curve in curves]
-        rows.append([f"from the start to {best:.2f} nats, the classic's best in {one['limit']} s: {name}", *after])
+        classic, ours = (
+            [run["curve"] for run in one["runs"] if run["recipe"] == recipe] for recipe in (TEXTBOOK, QUICK)
+        )
+        best = statistics.median(min(nats for *_, nats in curve) for curve in classic)
+        after = [statistics.median(seconds_to(curve, best) for curve in curves) for curves in (classic, ours)]
+        rows.append([f"from the start to {best:.2f} nats, the classic's best: {name}", *(f"{t:.0f} s" for t in after)])
     rows += [[f"training, words per second: {name}", *trains(one)] for name, one in measured("bench").items()]
     rows += [[f"one reply: {name}", *answers(one)] for name, one in measured("latency").items()]
     return table(["", "classic tutorial", "ours"], rows)
@@ -149,34 +152,35 @@ in nothing else. {len(nothing)} more cost nothing that the seeds can tell{masked
 
 
 def speedrun() -> str:
-    """Seconds to a loss, from the classic tutorial's program to our quick recipe."""
-    if not (found := measured("speedrun")):
-        return NOTHING
-    parts = []
-    for name, one in found.items():
-        curves = {recipe: [run["curve"] for run in one["runs"] if run["recipe"] == recipe]
-                  for recipe in (TEXTBOOK, *one["recipes"])}  # fmt: skip
-        curves = {recipe: runs for recipe, runs in curves.items() if runs}
-        best = {recipe: statistics.median(min(nats for *_, nats in c) for c in all_) for recipe, all_ in curves.items()}
-        limits = [*([best[TEXTBOOK]] if TEXTBOOK in best else []), 18.5, 18.0, 17.5]
+    """Seconds to a loss, from the classic tutorial's program to our recipes, and what else was tried."""
+    return "\n\n".join(raced(name, one) for name, one in measured("speedrun").items()) or NOTHING
 
-        def cell(runs: list, nats: float) -> str:
-            after = statistics.median(seconds_to(points, nats) for points in runs)
-            return f"{after:.0f} s" if after < math.inf else "–"
 
-        rows = [
-            [renamed(recipe), f"{best[recipe]:.2f}", *(cell(runs, nats) for nats in limits)]
-            for recipe, runs in curves.items()
-        ]
-        names = [f"to {nats:.2f}" for nats in limits]
-        seeds = max(map(len, curves.values()))
-        parts += [
-            table([name, "best, nats", *names], rows),
-            f"""Nats per response on {one["exchanges"]} short test
-exchanges; seconds from the start of the process, {f"medians over {seeds} seeds" if seeds > 1 else "one seed"},
-{one["limit"]} at most; a dash: not reached. {device(one["machine"])}.""",
-        ]
-    return "\n\n".join(parts)
+def raced(name: str, found: dict) -> str:
+    """One machine's part of it."""
+    curves = {recipe: [run["curve"] for run in found["runs"] if run["recipe"] == recipe]
+              for recipe in (TEXTBOOK, *found["recipes"], *found["others"])}  # fmt: skip
+    curves = {recipe: runs for recipe, runs in curves.items() if runs}
+    best = {recipe: [min(nats for *_, nats in curve) for curve in runs] for recipe, runs in curves.items()}
+    limits = [statistics.median(best[TEXTBOOK]), 18.5, 18.0, 17.5, 17.0]
+
+    def row(recipe: str) -> list[str]:
+        lowest = sorted(best[recipe])
+        spread = f" ({lowest[0]:.2f} – {lowest[-1]:.2f})" * (len(lowest) > 1)
+        after = [statistics.median(seconds_to(points, nats) for points in curves[recipe]) for nats in limits]
+        cells = [f"{seconds:.0f} s" if seconds < math.inf else "–" for seconds in after]
+        return [renamed(recipe), f"{statistics.median(lowest):.2f}{spread}", *cells]
+
+    columns, ours = ["best, nats", *(f"to {nats:.2f}" for nats in limits)], [TEXTBOOK, *found["recipes"]]
+    parts = [table([name, *columns], [row(recipe) for recipe in curves if recipe in ours])]
+    if tried := [row(recipe) for recipe in curves if recipe not in ours]:
+        parts.append(table(["one more change of the profile quick", *columns], tried))
+    seeds = max(len(runs) for recipe, runs in curves.items() if recipe in ours)
+    over = f"medians over {seeds} seeds (of nats: lowest – highest)" if seeds > 1 else "one seed"
+    said = f"""Nats per response on {found["exchanges"]} short test exchanges; seconds from the process's start, {over};
+a program is stopped after {found["limit"]} seconds, or {found["patience"]} after its best; a dash: not reached.
+{device(found["machine"])}."""
+    return "\n\n".join([*parts, textwrap.fill(said, 118, break_long_words=False, break_on_hyphens=False)])
 
 
 def replies() -> str:
@@ -215,6 +219,40 @@ corpus: `make sweep CORPUS=…`, `make sweep-worker SWEEP=id`, then
 `python -m benchmarks.sweep_report ID --run runs/sweep --results results/sweep-excerpt`. In the columns of Adam alone,
 trials that trained to the very same loss count once.
 {device(found["machine"])}."""
+
+
+def recipe() -> str:
+    """What the sweep of the whole recipe tried, where its best trials lie, and what moved the loss."""
+    found = result("sweep-recipe.json")
+    trials = pd.read_csv(ROOT / "results" / "sweep-recipe.csv").nsmallest(5, LOSS)
+    measures = {row["parameter"]: row for row in found["importance"]["all trials"]}
+
+    rows = []
+    for name, given in found["spec"]["parameters"].items():
+        if name not in measures:
+            continue
+        tried, best, five = given.get("values"), found["best"][name], trials[name]
+        if tried:
+            cells = [", ".join(map(str, tried)), str(best), ", ".join(map(str, five.unique()))]
+        else:
+            cells = [f"{given['min']:g} – {given['max']:g}", f"{best:.2g}", f"{five.min():.2g} – {five.max():.2g}"]
+        rows.append(
+            [name.replace("_", " "), *cells, *(f"{measures[name][way]:.3f}" for way in ("fANOVA", "PED-ANOVA"))]
+        )
+    header = ["parameter", "tried", "the best trial", "the five best", "fANOVA", "PED-ANOVA"]
+    seeds = pd.DataFrame(found["seeds"]).groupby("settings", sort=False)[LOSS].agg(["mean", "min", "max", "count"])
+    anew = [
+        [name.replace("_", " "), f"{row['mean']:.3f}", f"{row['min']:.3f} – {row['max']:.3f}"]
+        for name, row in seeds.iterrows()
+    ]
+    ended = found["states"]
+    told = f"""{ended["complete"]} trials came to their end, {ended["pruned"]} were stopped early. An end is after as
+many examples as {found["starting point"]["updates"]} updates of the profile *cornell* see; the starting point is that
+profile as it was before. The second table: the loss on validation, in nats per token, over {seeds["count"].min():.0f}
+seeds that the sweep did not have. On the test's movies, once: {found["held out"]["test"]:.3f}.
+{device(found["machine"])}."""
+    tables = table(header, rows), table(["trained anew", "mean", "lowest – highest"], anew)
+    return "\n\n".join([*tables, textwrap.fill(told, 118, break_on_hyphens=False)])
 
 
 def transformer() -> str:
@@ -431,7 +469,20 @@ def filled(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str
 
 TABLES = {
     function.__name__: function
-    for function in (summary, speedrun, quality, replies, mistakes, sweep, transformer, profile, bench, latency, gpu)
+    for function in (
+        summary,
+        speedrun,
+        quality,
+        replies,
+        mistakes,
+        sweep,
+        recipe,
+        transformer,
+        profile,
+        bench,
+        latency,
+        gpu,
+    )
 }
 
 
