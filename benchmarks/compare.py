@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.replies import commonest_reply, replies_of, reply_metrics
+from benchmarks.results import without_place
 from helpers.batches import Pairs, Prepared, prepare
 from helpers.chat import Chatbot
 from helpers.corpus import read_corpus
@@ -85,7 +86,7 @@ def measure(name: str, corpus, device: torch.device) -> dict:
     texts = trained["cornell"][1].texts["test"]
     words = [(query.split(), response.split()) for query, response in texts]
     short = [pair for pair in words if max(map(len, pair)) <= SHORT and known([*pair[0], *pair[1]], bots)]
-    result = {"corpus": trained["cornell"][1].corpus, "machine": machine(device)}
+    result = {"corpus": without_place(trained["cornell"][1].corpus), "machine": machine(device)}
     result |= {"short test exchanges": len(short), "test exchanges": len(texts), "queries": QUERIES, "models": {}}
     for profile, (run, _, bot) in trained.items():
         likelihood = evaluate(bot.model, Pairs.from_words(short, bot.vocabulary).to(device))
@@ -141,7 +142,7 @@ def measure_context(name: str, corpus, device: torch.device) -> dict:
             "all": evaluate(model, test.to(device)).perplexity,
             "follow-ups": evaluate(model, part.to(device)).perplexity,
         }
-    result |= {"corpus": data.corpus, "machine": machine(device), "settings": settings.to_dict()}
+    result |= {"corpus": without_place(data.corpus), "machine": machine(device), "settings": settings.to_dict()}
     return result | {"test exchanges": len(test), "follow-ups": len(part)}
 
 

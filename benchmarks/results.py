@@ -14,6 +14,11 @@ from helpers.plots import BLUE, GREY, ORANGE
 from helpers.run import ROOT
 
 
+def without_place(corpus: dict) -> dict:
+    """What is told of a corpus but for where it lies, which is the measuring machine's own business."""
+    return {name: fact for name, fact in corpus.items() if name != "source"}
+
+
 def result_path(name: str, facts: dict) -> Path:
     """Where a figure measured on a `machine` is kept: results/NAME-cuda.json, or NAME-cpu-MAKER.json."""
     maker = "" if facts["device"] == "cuda" else f"-{re.match('[a-z]*', facts['name'].lower())[0] or 'other'}"

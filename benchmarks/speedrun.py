@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -263,6 +264,22 @@ def measure(source: Path, file: Path, device: torch.device, recipes: list[str], 
 def seconds_to(points: list[Point], nats: float) -> float:
     """When a curve first comes to so many nats per response; infinity if it never does."""
     return next((after for after, _, value in points if value <= nats), math.inf)
+
+
+def curves_of(found: dict) -> dict[str, list[list[Point]]]:
+    """A record's curves, a list of the seeds' by program."""
+    curves = {name: [run["curve"] for run in found["runs"] if run["recipe"] == name] for name in PROGRAMS}
+    return {name: some for name, some in curves.items() if some}
+
+
+def best_of(curves: list[list[Point]]) -> float:
+    """The lowest nats of the seed in the middle; of two in the middle the higher, to which most seeds come."""
+    return statistics.median_high(min(nats for *_, nats in curve) for curve in curves)
+
+
+def time_to(curves: list[list[Point]], nats: float) -> float:
+    """The median over the seeds of when they come to so many nats; infinity if most never do."""
+    return statistics.median(seconds_to(curve, nats) for curve in curves)
 
 
 @command_line

@@ -21,6 +21,7 @@ import torch
 import yaml
 from scipy import stats
 
+from benchmarks.results import without_place
 from helpers import plots
 from helpers.batches import Prepared
 from helpers.evaluation import evaluate
@@ -141,7 +142,7 @@ def report(study: optuna.Study, run: Run, target: Path, seeds: int, but: dict, d
     alone = table[table["optimizer"] == kind].drop_duplicates(LOSS) if kind else table[:0]
     parts = {"all trials": table} | ({f"{kind} alone": alone} if len(alone) >= 10 else {})
     found = {
-        "sweep": study.study_name, "spec": spec, "corpus": prepared.corpus,
+        "sweep": study.study_name, "spec": spec, "corpus": without_place(prepared.corpus),
         "starting point": choices["starting point"].to_dict(),
         "states": table["state"].value_counts().to_dict(), "workers": table["worker"].nunique(),
         "best": study.best_trial.params,

@@ -111,3 +111,17 @@ def test_the_pages_tell_the_blind_judging_as_it_came_out():
     told = f"{classic['fits']} of the classic's were *fits* and {classic['nonsense']} *nonsense*, of *mmi*'s"
     page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     assert f"{told} {ours['fits']} and {ours['nonsense']}" in page
+    notebook = json.loads((ROOT / "notebooks" / "04_decoding_and_chat.ipynb").read_text(encoding="utf-8"))
+    told = " ".join("".join(cell["source"]) for cell in notebook["cells"]).replace("\n", " ")
+    assert f"({ours['fits']} in ninety against {classic['fits']})" in told
+    assert f"({ours['nonsense']} against {classic['nonsense']})" in told
+    assert f"fits {counts['cornell sampling']['fits']} times in ninety" in told
+    assert all(0.75 < counts[f"cornell {way}"]["safe"] / 90 < 0.86 for way in ("greedy", "beam"))  # four in five
+    models = json.loads((ROOT / "results" / "compare-cornell_excerpt.json").read_text(encoding="utf-8"))["models"]
+    same = [f"{models[name]['decoders']['greedy']['commonest share']:.0%}" for name in ("cornell", "classic")]
+    assert f"one and the same reply to {same[0]} of the 500 test queries, on the classic one to {same[1]}" in told
+
+
+def test_no_result_tells_where_things_lay_on_the_machine():
+    for path in (ROOT / "results").glob("*.json"):
+        assert not re.search(r'"(/|[A-Z]:\\)', path.read_text(encoding="utf-8")), path.name

@@ -4,7 +4,6 @@ python -m tools.make_images --run runs/sample    # without --run, only what is d
 """
 
 import argparse
-import statistics
 import sys
 import textwrap
 from pathlib import Path
@@ -22,7 +21,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from benchmarks.bench import compared
 from benchmarks.mistakes import overview, prices
 from benchmarks.results import latency_figure, roofline
-from benchmarks.speedrun import QUICK, TEXTBOOK
+from benchmarks.speedrun import QUICK, TEXTBOOK, best_of, curves_of
 from benchmarks.sweep_report import losses_by_value, panels_by_value
 from helpers import plots
 from helpers.chat import Chatbot, Reply
@@ -254,15 +253,14 @@ def speedrun(machines: dict[str, dict], steps: bool = False) -> plt.Figure:
         in_turn = colormaps["viridis"](np.linspace(0.85, 0.1, len(shown) - 1))  # the later a change, the darker
         colours = in_turn if steps else [plots.BLUE, plots.ORANGE]
         for recipe, colour in zip(shown, [plots.RED, *colours], strict=True):
-            curves = [run["curve"] for run in found["runs"] if run["recipe"] == recipe][: 1 if steps else None]
-            for number, curve in enumerate(curves):
+            curves = curves_of(found)[recipe]
+            for number, curve in enumerate(curves[: 1 if steps else None]):
                 after, _, nats = zip(*curve, strict=True)
                 label = renamed(recipe) if steps else renamed(recipe).rpartition(": ")[2]
                 style = {"marker": "o", "markersize": 3} if steps else {"alpha": 0.8}
                 axes.plot(after, nats, color=colour, label="_" * (number > 0) + label, **style)
             if recipe == TEXTBOOK:
-                best = statistics.median(min(nats for *_, nats in curve) for curve in curves)
-                axes.axhline(best, color=plots.RED, linestyle="--", linewidth=1)
+                axes.axhline(best_of(curves), color=plots.RED, linestyle="--", linewidth=1)
         axes.set(xlabel="seconds since the start of the process", ylabel="nats per response", title=name)
         axes.set_ylim(top=32 if steps else 26)
         axes.legend(fontsize=10)

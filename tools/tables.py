@@ -19,7 +19,7 @@ from benchmarks.bench import compared
 from benchmarks.classic import CLASSIC, REPLY, WORDS
 from benchmarks.mistakes import BRIDGED, prices, told
 from benchmarks.race import summary as of_race
-from benchmarks.speedrun import QUICK, TEXTBOOK, seconds_to
+from benchmarks.speedrun import QUICK, TEXTBOOK, best_of, curves_of, time_to
 from helpers.model import new_model
 from helpers.run import ROOT, write_text
 from helpers.sweep import LOSS
@@ -78,11 +78,9 @@ def summary() -> str:
         ["the commonest of 500 replies", f"{same[0]} (greedy)", f"{same[1]} (*mmi*); {same[2]} (greedy)"],
     ]
     for name, one in measured("speedrun").items():
-        classic, ours = (
-            [run["curve"] for run in one["runs"] if run["recipe"] == recipe] for recipe in (TEXTBOOK, QUICK)
-        )
-        best = statistics.median(min(nats for *_, nats in curve) for curve in classic)
-        after = [statistics.median(seconds_to(curve, best) for curve in curves) for curves in (classic, ours)]
+        curves = curves_of(one)
+        best = best_of(curves[TEXTBOOK])
+        after = [time_to(curves[recipe], best) for recipe in (TEXTBOOK, QUICK)]
         rows.append([f"from the start to {best:.2f} nats, the classic's best: {name}", *(f"{t:.0f} s" for t in after)])
     rows += [[f"training, words per second: {name}", *trains(one)] for name, one in measured("bench").items()]
     rows += [[f"one reply: {name}", *answers(one)] for name, one in measured("latency").items()]
@@ -158,18 +156,15 @@ def speedrun() -> str:
 
 def raced(name: str, found: dict) -> str:
     """One machine's part of it."""
-    curves = {recipe: [run["curve"] for run in found["runs"] if run["recipe"] == recipe]
-              for recipe in (TEXTBOOK, *found["recipes"], *found["others"])}  # fmt: skip
-    curves = {recipe: runs for recipe, runs in curves.items() if runs}
-    best = {recipe: [min(nats for *_, nats in curve) for curve in runs] for recipe, runs in curves.items()}
-    limits = [statistics.median(best[TEXTBOOK]), 18.5, 18.0, 17.5, 17.0]
+    curves = curves_of(found)
+    limits = [best_of(curves[TEXTBOOK]), 18.5, 18.0, 17.5, 17.0]
 
     def row(recipe: str) -> list[str]:
-        lowest = sorted(best[recipe])
-        spread = f" ({lowest[0]:.2f} – {lowest[-1]:.2f})" * (len(lowest) > 1)
-        after = [statistics.median(seconds_to(points, nats) for points in curves[recipe]) for nats in limits]
+        lowest = [min(nats for *_, nats in curve) for curve in curves[recipe]]
+        spread = f" ({min(lowest):.2f} – {max(lowest):.2f})" * (len(lowest) > 1)
+        after = [time_to(curves[recipe], nats) for nats in limits]
         cells = [f"{seconds:.0f} s" if seconds < math.inf else "–" for seconds in after]
-        return [renamed(recipe), f"{statistics.median(lowest):.2f}{spread}", *cells]
+        return [renamed(recipe), f"{best_of(curves[recipe]):.2f}{spread}", *cells]
 
     columns, ours = ["best, nats", *(f"to {nats:.2f}" for nats in limits)], [TEXTBOOK, *found["recipes"]]
     parts = [table([name, *columns], [row(recipe) for recipe in curves if recipe in ours])]
