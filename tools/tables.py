@@ -164,16 +164,14 @@ def raced(name: str, found: dict) -> str:
         spread = f" ({min(lowest):.2f} – {max(lowest):.2f})" * (len(lowest) > 1)
         after = [time_to(curves[recipe], nats) for nats in limits]
         cells = [f"{seconds:.0f} s" if seconds < math.inf else "–" for seconds in after]
-        return [renamed(recipe), f"{best_of(curves[recipe]):.2f}{spread}", *cells]
+        return [renamed(recipe), str(len(lowest)), f"{best_of(curves[recipe]):.2f}{spread}", *cells]
 
-    columns, ours = ["best, nats", *(f"to {nats:.2f}" for nats in limits)], [TEXTBOOK, *found["recipes"]]
+    columns, ours = ["seeds", "best, nats", *(f"to {nats:.2f}" for nats in limits)], [TEXTBOOK, *found["recipes"]]
     parts = [table([name, *columns], [row(recipe) for recipe in curves if recipe in ours])]
     if tried := [row(recipe) for recipe in curves if recipe not in ours]:
         parts.append(table(["one more change of the profile quick", *columns], tried))
-    seeds = max(len(runs) for recipe, runs in curves.items() if recipe in ours)
-    over = f"medians over {seeds} seeds (of nats: lowest – highest)" if seeds > 1 else "one seed"
-    said = f"""Nats per response on {found["exchanges"]} short test exchanges; seconds from the process's start, {over};
-a program is stopped after {found["limit"]} seconds, or {found["patience"]} after its best; a dash: not reached.
+    said = f"""Nats per response on {found["exchanges"]} short test exchanges; seconds from the process's start; medians over the
+seeds (of nats: lowest – highest); a program is stopped after {found["limit"]} seconds, or {found["patience"]} after its best; a dash: not reached.
 {device(found["machine"])}."""
     return "\n\n".join([*parts, textwrap.fill(said, 118, break_long_words=False, break_on_hyphens=False)])
 
