@@ -338,6 +338,8 @@ def process(way: str) -> Iterator[multiprocessing.pool.Pool]:
             if value is not None:
                 os.environ[name] = value
         yield pool
+        pool.close()
+        pool.join()  # so that it ends by itself and lets go of its locks; leaving the block alone would kill it
 
 
 def _alone(function: Callable, way: str, *arguments) -> tuple:

@@ -170,9 +170,9 @@ def raced(name: str, found: dict) -> str:
     parts = [table([name, *columns], [row(recipe) for recipe in curves if recipe in ours])]
     if tried := [row(recipe) for recipe in curves if recipe not in ours]:
         parts.append(table(["one more change of the profile quick", *columns], tried))
-    said = f"""Nats per response on {found["exchanges"]} short test exchanges; seconds from the process's start; medians over the
-seeds (of nats: lowest – highest); a program is stopped after {found["limit"]} seconds, or {found["patience"]} after its best; a dash: not reached.
-{device(found["machine"])}."""
+    said = f"""Nats per response on {found["exchanges"]} short test exchanges; seconds from the process's start; medians
+over the seeds (of nats: lowest – highest); a program is stopped after {found["limit"]} seconds, or
+{found["patience"]} after its best; a dash: not reached. {device(found["machine"])}."""
     return "\n\n".join([*parts, textwrap.fill(said, 118, break_long_words=False, break_on_hyphens=False)])
 
 
