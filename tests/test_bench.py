@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 
 import matplotlib.pyplot as plt
@@ -83,3 +84,10 @@ def test_the_peaks_are_rates_of_this_machine():
     found = bench.peaks(CPU)
     assert set(found) == {"fp32 GFLOP/s", "bf16 GFLOP/s", "copy GB/s"}
     assert all(1 < value < 1e6 for value in found.values())
+
+
+def test_a_process_lets_go_of_its_locks():
+    inside = "import multiprocessing, builtins; builtins.kept = multiprocessing.get_context('spawn').RLock()"
+    program = f"from benchmarks.bench import process\nwith process('ours') as alone: alone.apply(exec, ({inside!r},))"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
