@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import statistics
 import zipfile
 
 import pytest
@@ -173,6 +174,24 @@ def test_what_the_pages_say_follows_from_the_record(found):
     for name in (speedrun.FREQUENCIES, speedrun.QUICK, cornell):
         for curve in curves[name]:
             assert max(nats for _, update, nats in curve if update >= 600) < classic
+
+
+def test_what_notebook_05_says_follows_from_the_record_it_reads():
+    curves = speedrun.curves_of(RECORDS[0])
+    best = {name: speedrun.best_of(some) for name, some in curves.items()}
+    last = {name: statistics.median(curve[-1][0] for curve in some) for name, some in curves.items()}
+    classic, (cornell, *_), muon = best[speedrun.TEXTBOOK], reversed(speedrun.RECIPES), "Muon for the matrices"
+    assert speedrun.time_to(curves[speedrun.FREQUENCIES], classic) < 60
+    assert speedrun.time_to(curves[speedrun.TEXTBOOK], classic) > 240
+    assert 0.6 < last["+ bf16 where it is faster"] / last[speedrun.FREQUENCIES] < 0.75
+    assert best[cornell] < classic - 3
+    assert max(curve[-1][0] for curve in curves[cornell]) < 420
+    for name in ("an average of the weights, 0.99", "AdamW, weight decay 0.01", "β₂ 0.98"):
+        assert abs(best[name] - best[speedrun.QUICK]) < 0.1
+    assert best["batches that grow"] > best[speedrun.QUICK] + 0.1
+    assert 0.08 < best[speedrun.QUICK] - best[muon] < 0.15
+    assert 1.6 < last[muon] / last[speedrun.QUICK] < 1.9
+    assert [round(speedrun.time_to(curves[name], 18)) for name in (muon, speedrun.QUICK)] == [122, 71]
 
 
 def test_most_seeds_come_to_the_best_whatever_their_number():
