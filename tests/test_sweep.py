@@ -454,3 +454,21 @@ def test_what_the_pages_say_of_the_recipes_sweep_follows_from_its_files():
     assert worth["best, but batch_size 64"] < 0.03
     assert 0.08 < worth["best, but schedule constant"] < 0.12
     assert worth["best, but optimizer adam"] > 0.9
+
+
+def test_what_the_page_says_of_the_embedded_corpuss_sweep_follows_from_its_files():
+    results = ROOT / "results"
+    found = json.loads((results / "sweep-small.json").read_text())
+    assert found["spec"] == read_sweep(ROOT / "notebooks" / "sweep_recipe.yaml")
+    assert found["corpus"]["name"] == "sample"
+    trials = pd.read_csv(results / "sweep-small.csv").nsmallest(20, LOSS)
+    for name, value in {"batch_size": 32, "schedule": "cosine", "warmup_updates": 20, "tie_weights": True}.items():
+        assert (trials[name] == value).all()
+    assert 1.6e-3 <= trials["learning_rate"].min() < trials["learning_rate"].max() < 8e-3
+    seeds = pd.DataFrame(found["seeds"]).groupby("settings")[LOSS]
+    assert (seeds.count() == 3).all()
+    said = {"best of the sweep": 0.141, "best, but batch_size 64": 0.227, "starting point": 0.377}
+    assert seeds.mean().round(3).to_dict() == said
+    assert round(found["held out"]["test"], 3) == 0.135
+    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    assert all(f"{loss:.3f}" in page for loss in (*said.values(), 0.135))
