@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -472,3 +473,25 @@ def test_what_the_page_says_of_the_embedded_corpuss_sweep_follows_from_its_files
     assert round(found["held out"]["test"], 3) == 0.135
     page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
     assert all(f"{loss:.3f}" in page for loss in (*said.values(), 0.135))
+
+
+def test_the_pages_table_of_recipes_for_the_embedded_corpus_follows_from_its_file():
+    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    found = pd.read_csv(ROOT / "results" / "sample-recipes.csv").fillna({"more": "", "sentences failed": 0})
+    found["above"] = found["test loss"] / found["least"] - 1
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if len(row) == 9 and row[0].isdecimal()]
+    groups = [group for _, group in found.groupby(["batch_size", "updates", "more"], sort=False)]
+    assert len(rows) == len(groups) == 6
+    for (size, updates, _, seeds, seconds, test, above, facts, sentences), group in zip(rows, groups, strict=True):
+        first = group.iloc[0]
+        assert (int(size), int(updates.replace(",", "")), int(seeds)) == (first.batch_size, first.updates, len(group))
+        for said, name, share, digits in (
+            (seconds, "seconds", 1, 0), (test, "test loss", 1, 3), (above, "above", 100, 0), (facts, "facts", 100, 1),
+        ):  # fmt: skip
+            numbers = [float(number) for number in re.findall(r"[\d.]+", said)]
+            ends = [group[name].min() * share, group[name].max() * share]
+            assert [numbers[0], numbers[-1]] == pytest.approx(ends, abs=0.501 * 10**-digits), (said, ends)
+        assert (sentences == "all") == (group["sentences failed"] == 0).all()
+    now, profile = rows[1], load_profile("sample")
+    assert (int(now[0]), int(now[1].replace(",", ""))) == (profile.batch_size, profile.updates)
